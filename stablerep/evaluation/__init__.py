@@ -1,0 +1,1 @@
+"""Protocols that score frozen features on labelled images, and the table that reports them."""
