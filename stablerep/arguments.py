@@ -9,7 +9,7 @@ import inspect
 import re
 import sys
 from argparse import Action
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -38,7 +38,7 @@ class SuggestingErrors(_Parser):
 
 
 def use_underscores(args: Sequence[str]) -> list[str]:
-    """Return `args` with the dashes inside option names as underscores: `--num-views=a-b` → `--num_views=a-b`.
+    """Return `args` with underscores inside option names: `--image-format=a-b` → `--image_format=a-b`.
 
     What follows a bare `--` is left as it is.
     """
@@ -177,7 +177,8 @@ def list_parameters(class_path: str) -> list[str]:
         return []
     names: dict[str, None] = {}
     for base in found.__mro__[:-1]:
-        names.update(dict.fromkeys(inspect.signature(base.__init__).parameters))
+        constructor: Callable[..., None] = vars(base).get("__init__", object.__init__)
+        names.update(dict.fromkeys(inspect.signature(constructor).parameters))
     return [name for name in names if name not in ("self", "args", "kwargs")]
 
 
@@ -221,7 +222,11 @@ def _resolve(dotted: str) -> object | None:
 
 
 def _all_subclasses(base: type) -> set[type]:
-    return {base}.union(*(_all_subclasses(child) for child in base.__subclasses__()))
+    found = {base}
+    children: list[type] = base.__subclasses__()
+    for child in children:
+        found |= _all_subclasses(child)
+    return found
 
 
 def _public_path(cls: type) -> str:
