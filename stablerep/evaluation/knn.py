@@ -59,9 +59,11 @@ def knn_classify(
     return torch.cat(predictions) if predictions else train_labels.new_empty(0, dtype=torch.int64)
 
 
-def _vote(train: Tensor, labels: Tensor, test: Tensor, num_classes: int, k: int, temperature: float) -> Tensor:
+def _vote(
+    train: Tensor, labels: Tensor, test: Tensor, num_classes: int, k: int, temperature: float
+) -> Tensor:
     similarities, neighbours = (test @ train.T).topk(k, dim=1)  # [M', k]
-    # The largest similarity is taken off first: the argmax is the same, and a small temperature cannot overflow.
+    # The largest similarity is taken off first: the argmax stays, and a small temperature cannot overflow.
     weights = ((similarities - similarities[:, :1]) / temperature).exp()
     scores = weights.new_zeros(len(test), num_classes)
     scores.scatter_add_(1, labels[neighbours], weights)
@@ -73,9 +75,18 @@ def _normalize(features: Tensor) -> Tensor:
 
 
 def _check_arguments(
-    train_features: Tensor, train_labels: Tensor, test_features: Tensor, num_classes: int, k: int, temperature: float
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    num_classes: int,
+    k: int,
+    temperature: float,
 ) -> None:
-    if train_features.ndim != 2 or test_features.ndim != 2 or train_features.shape[1] != test_features.shape[1]:
+    if (
+        train_features.ndim != 2
+        or test_features.ndim != 2
+        or train_features.shape[1] != test_features.shape[1]
+    ):
         raise ValueError(
             "train_features and test_features must be [N, D] and [M, D], got "
             f"{list(train_features.shape)} and {list(test_features.shape)}"
@@ -83,10 +94,11 @@ def _check_arguments(
     if train_labels.shape != train_features.shape[:1]:
         raise ValueError(f"train_labels must be [{len(train_features)}], got {list(train_labels.shape)}")
     if not 1 <= k <= len(train_features):
-        raise ValueError(f"k must be in [1, {len(train_features)}] (the number of training features), got {k}")
+        raise ValueError(
+            f"k must be in [1, {len(train_features)}] (the number of training features), got {k}"
+        )
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
-    if not (0 <= int(train_labels.min()) and int(train_labels.max()) < num_classes):
-        raise ValueError(
-            f"train_labels must be in [0, {num_classes}), got {int(train_labels.min())} to {int(train_labels.max())}"
-        )
+    lowest, highest = int(train_labels.min()), int(train_labels.max())
+    if lowest < 0 or highest >= num_classes:
+        raise ValueError(f"train_labels must be in [0, {num_classes}), got {lowest} to {highest}")
