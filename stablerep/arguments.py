@@ -6,6 +6,7 @@ Nothing here imports more than the standard library, so that the front door stay
 import difflib
 import importlib
 import inspect
+import os
 import re
 import sys
 from argparse import Action
@@ -34,7 +35,26 @@ class SuggestingErrors(_Parser):
         if not self.exit_on_error:
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
-        raise UsageError(explain_usage_error(message, list_option_names(parser._actions))) from ex
+        # jsonargparse lists an option's classes in its message only where there are several.
+        named = [action for action in parser._actions if f'"{action.dest}"' in message]
+        types = " ".join(str(getattr(action, "_typehint", "")) for action in named)
+        raise UsageError(explain_usage_error(message, list_option_names(parser._actions), types)) from ex
+
+
+def set_parsing_rules() -> None:
+    """Set what jsonargparse holds for the whole process: help from field docstrings, and no code by config.
+
+    A config file may name a class only where an option asks for one, and never one of the standard library.
+    """
+    # Lightning 2.6 calls what jsonargparse 5 removes; setup.cfg keeps us below 5, so the user need not know.
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(
+        docstring_parse_attribute_docstrings=True,
+        instantiate_subclass_spec_in_any=False,
+        import_path_denylist=[],  # giving a list at all makes the built-in one an error
+    )
 
 
 def use_underscores(args: Sequence[str]) -> list[str]:
@@ -104,12 +124,13 @@ def suggest(name: str, known: Iterable[str], prefix: str = "") -> str:
     return f"; did you mean {prefix}{match}?" if match else ""
 
 
-def explain_usage_error(message: str, known_options: Sequence[str]) -> str:
+def explain_usage_error(message: str, known_options: Sequence[str], types: str = "") -> str:
     """Turn a jsonargparse error into one line that names the option and the nearest right one.
 
     Args:
         message: What the parser reported, often many lines.
         known_options: Every option of the parser, without leading dashes.
+        types: Text that names the classes which the option takes, where `message` does not.
 
     Returns:
         One line without a trailing full stop.
@@ -128,7 +149,7 @@ def explain_usage_error(message: str, known_options: Sequence[str]) -> str:
         return "missing " + ", ".join(f"--{name}" for name in match[1].split(", "))
     key = re.match(r'Parser key "([^"]*)":', message)
     where = f"--{key[1]}: " if key else ""
-    return where + (_explain_class(message) or _explain_value(message, start=key.end() if key else 0))
+    return where + (_explain_class(message, types) or _explain_value(message, start=key.end() if key else 0))
 
 
 def _explain_unrecognised(tokens: Sequence[str], known_options: Sequence[str]) -> str:
@@ -151,7 +172,7 @@ def _explain_value(message: str, start: int) -> str:
     return " ".join(message[start:].split())
 
 
-def _explain_class(message: str) -> str | None:
+def _explain_class(message: str, types: str) -> str | None:
     """Explain a class path that does not exist, or an option that its class does not take."""
     if match := re.search(
         r"Problem with given class_path '([^']*)':\s*Option '([^']*)' is not accepted", message
@@ -166,7 +187,7 @@ def _explain_class(message: str) -> str | None:
     if not match or not unknown:
         return None
     class_path = match[1] or match[2]
-    near = nearest_class(class_path, base_classes=re.findall(r"(?:\w+\.)+[A-Z]\w*", message))
+    near = nearest_class(class_path, base_classes=re.findall(r"(?:\w+\.)+[A-Z]\w*", message + types))
     return f"unknown class '{class_path}'" + (f"; did you mean {near}?" if near else "")
 
 

@@ -12,7 +12,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from stablerep import __version__
-from stablerep.arguments import SuggestingErrors, UsageError, locate_configs, suggest, use_underscores
+from stablerep.arguments import (
+    SuggestingErrors,
+    UsageError,
+    locate_configs,
+    set_parsing_rules,
+    suggest,
+    use_underscores,
+)
 
 Config = TypeVar("Config", bound=Any)
 
@@ -76,6 +83,7 @@ def main(args: Sequence[str] | None = None) -> int:
 def _run_verb(name: str, args: list[str]) -> int:
     verb = VERBS[name]
     args = locate_configs(use_underscores(args))
+    set_parsing_rules()
     module = importlib.import_module(verb.module)
     if verb.config is None:
         return module.main(args) or EXIT_OK
@@ -100,7 +108,6 @@ def parse_config(config_class: type[Config], args: list[str], prog: str, descrip
     class Parser(SuggestingErrors, jsonargparse.ArgumentParser):
         """A jsonargparse parser whose errors name the nearest right option."""
 
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = Parser(prog=prog, description=f"{description[0].upper()}{description[1:]}.")
     parser.add_argument("--config", action="config", metavar="FILE", help="a YAML file with these options")
     parser.add_class_arguments(config_class, None)
