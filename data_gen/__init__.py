@@ -1,1 +1,1 @@
-"""Captions in, shards of generated images out. The shard format (`data_gen.shards`) is the only door to training."""
+"""Captions in, shards of generated images out; the shard format is the only door to training."""

@@ -96,7 +96,7 @@ def read_captions(path: str | Path, limit: int | None = None) -> CaptionList:
             if len(captions) == limit:
                 break
     if not captions:
-        raise ValueError(f"{path} holds no caption: all of its {num_lines} lines are empty")
+        raise ValueError(f"caption file {path} holds no caption ({num_lines} lines, each of them empty)")
     return CaptionList(tuple(captions.values()), num_lines, num_empty, num_duplicates)
 
 
@@ -121,8 +121,8 @@ def _read_lines(path: Path) -> Iterator[str]:
             if len(text) > MAX_CAPTION_CHARACTERS:
                 size = f"at least {len(text)}" if len(line) == _MAX_LINE_BYTES else f"{len(text)}"
                 raise ValueError(
-                    f"{path}, line {number}: a caption must have at most {MAX_CAPTION_CHARACTERS} characters, "
-                    f"got {size}"
+                    f"{path}, line {number}: a caption must have at most {MAX_CAPTION_CHARACTERS} "
+                    f"characters, got {size}"
                 )
             offset += len(line)
             yield text

@@ -1,7 +1,7 @@
 """THE CONTRACT: what a dataset of generated images is on disk, and how it is read.
 
     dataset.json       the plan (DatasetManifest)
-    00000.tar          WebDataset; one sample = one caption: {key}.json, {key}.txt, {key}.0.jpg … {key}.{m-1}.jpg
+    00000.tar          WebDataset; a sample is a caption: {key}.json, {key}.txt, {key}.0.jpg … {key}.{m-1}.jpg
     00000.parquet      one row an image
     00000_stats.json   counts, seconds, sha256 and sizes; written last: it is the completion marker
 
@@ -90,6 +90,10 @@ class DatasetManifest:
     def shard_name(self, shard_index: int) -> str:
         """Name of a shard, padded so that names sort by index: `00000`, `00001`, …"""
         return f"{shard_index:0{max(5, len(str(self.num_shards - 1)))}d}"
+
+    def num_captions_in_shard(self, shard_index: int) -> int:
+        """Captions planned for a shard: `num_captions_per_shard`, fewer in the last one."""
+        return min(self.num_captions_per_shard, self.num_captions - shard_index * self.num_captions_per_shard)
 
 
 @dataclass(frozen=True)
@@ -210,6 +214,16 @@ def list_complete_shards(root: str | Path) -> list[Shard]:
     return [shard for shard in shards if shard is not None]
 
 
+def check_sizes(shard: Shard) -> None:
+    """Compares the sizes of the tar and its side-car with the completion marker: quick, finds every cut.
+
+    Raises:
+        ShardError: A file is missing, or of another size.
+    """
+    _check_size(shard.path, shard.num_bytes)
+    _check_size(shard.parquet_path, shard.parquet_num_bytes)
+
+
 def verify_shard(shard: Shard) -> None:
     """Compares sizes and sha256 of the tar and its side-car with the completion marker.
 
@@ -218,12 +232,8 @@ def verify_shard(shard: Shard) -> None:
     Raises:
         ShardError: A file is missing, of another size, or of another digest.
     """
-    files = (
-        (shard.path, shard.num_bytes, shard.sha256),
-        (shard.parquet_path, shard.parquet_num_bytes, shard.parquet_sha256),
-    )
-    for path, num_bytes, sha256 in files:
-        _check_size(path, num_bytes)
+    check_sizes(shard)
+    for path, sha256 in ((shard.path, shard.sha256), (shard.parquet_path, shard.parquet_sha256)):
         with path.open("rb") as file:
             actual = hashlib.file_digest(file, "sha256").hexdigest()
         if actual != sha256:
@@ -233,9 +243,9 @@ def verify_shard(shard: Shard) -> None:
 def read_samples(shard: Shard) -> Iterator[Sample]:
     """Reads a shard front to back, checked: an error rather than a sample that is not the one written.
 
-    The size of the tar is compared with the marker before the first sample, each image with its sha256 and each
-    caption with its id as they are read, and the number of samples at the end. Only regular members with the names
-    of the schema are read, none larger than the caps above.
+    The size of the tar is compared with the marker before the first sample, each image with its sha256 and
+    each caption with its id as they are read, and the number of samples at the end. Only regular members with
+    the names of the schema are read, none larger than the caps above.
 
     Raises:
         ShardError: The shard is missing, truncated, altered, or holds what the schema does not know.
@@ -281,7 +291,9 @@ def _check_member(shard: Shard, member: tarfile.TarInfo) -> tuple[str, str]:
         raise ShardError(f"{shard.path}: member {member.name} is not a regular file")
     max_bytes = MAX_TEXT_MEMBER_BYTES if match[3] is None else MAX_IMAGE_MEMBER_BYTES
     if member.size > max_bytes:
-        raise ShardError(f"{shard.path}: member {member.name} has {member.size} bytes, at most {max_bytes} expected")
+        raise ShardError(
+            f"{shard.path}: member {member.name} has {member.size} bytes, at most {max_bytes} expected"
+        )
     return match[1], match[2]
 
 
