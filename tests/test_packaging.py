@@ -1,6 +1,8 @@
 """The metadata: every dependency has a floor, a reason and a pin, and nothing ties it to one registry."""
 
+import ast
 import configparser
+import importlib.metadata
 import re
 import tomllib
 from pathlib import Path
@@ -36,6 +38,26 @@ def read_pins() -> dict[str, Version]:
 def test_every_dependency_has_a_floor_and_a_pin_above_it(requirement: Requirement) -> None:
     assert any(specifier.operator == ">=" for specifier in requirement.specifier)
     assert read_pins()[canonicalize_name(requirement.name)] in requirement.specifier
+
+
+@pytest.mark.parametrize("folder", ["data_gen", "stablerep", "tests", "benchmarks"])
+def test_every_library_that_is_imported_is_a_dependency(folder: str) -> None:
+    declared = {canonicalize_name(requirement.name) for requirement in read_requirements()}
+    distributions = importlib.metadata.packages_distributions()
+    undeclared = set()
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                modules = [node.module]
+            else:
+                continue
+            for module in modules:
+                names = {canonicalize_name(name) for name in distributions.get(module.partition(".")[0], [])}
+                if names and not names & (declared | {"stablerep"}):
+                    undeclared.add(f"{path.relative_to(ROOT)}: {module}")
+    assert undeclared == set()
 
 
 def test_every_dependency_has_its_reason_on_the_line_above() -> None:
