@@ -12,7 +12,7 @@ import sys
 from argparse import Action
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser as _Parser
@@ -27,8 +27,12 @@ class UsageError(Exception):
 class SuggestingErrors(_Parser):
     """Mixin for a jsonargparse parser: a usage error raises `UsageError` with the nearest right name.
 
-    It stands first among the bases: `class FitParser(SuggestingErrors, LightningArgumentParser)`.
+    It stands first among the bases: `class FitParser(SuggestingErrors, LightningArgumentParser)`. Options are
+    written out: an abbreviation is a misspelling, so that a new option never changes an old command.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise `UsageError`, except in the inner parsers whose failures jsonargparse itself catches."""
@@ -71,6 +75,16 @@ def _underscored(arg: str) -> str:
         return arg
     name, equals, value = arg[2:].partition("=")
     return f"--{name.replace('-', '_')}{equals}{value}"
+
+
+def fill_flags(args: Sequence[str], flags: Iterable[str]) -> list[str]:
+    """Return `args` with `=true` on each of the `flags` (with their dashes) that no value follows."""
+    following = [*args, "--"][1:]
+    bare = set(flags)
+    return [
+        f"{arg}=true" if arg in bare and after.startswith("-") else arg
+        for arg, after in zip(args, following, strict=True)
+    ]
 
 
 def locate_configs(args: Sequence[str]) -> list[str]:

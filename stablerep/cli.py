@@ -15,6 +15,7 @@ from stablerep import __version__
 from stablerep.arguments import (
     SuggestingErrors,
     UsageError,
+    fill_flags,
     locate_configs,
     set_parsing_rules,
     suggest,
@@ -96,7 +97,8 @@ def parse_config(config_class: type[Config], args: list[str], prog: str, descrip
 
     Args:
         config_class: A dataclass whose attribute docstrings are the help texts.
-        args: Options with underscores, `--config FILE`, `--print_config` or `--help`.
+        args: Options with underscores, `--config FILE`, `--print_config` or `--help`. An option of type bool
+            may stand alone and is true then.
         prog: What the usage line calls the command.
         description: The first line of the help.
 
@@ -111,7 +113,13 @@ def parse_config(config_class: type[Config], args: list[str], prog: str, descrip
     parser = Parser(prog=prog, description=f"{description[0].upper()}{description[1:]}.")
     parser.add_argument("--config", action="config", metavar="FILE", help="a YAML file with these options")
     parser.add_class_arguments(config_class, None)
-    values = parser.instantiate(parser.parse_args(args))
+    flags = [
+        option
+        for action in parser._actions
+        if getattr(action, "_typehint", None) is bool
+        for option in action.option_strings
+    ]
+    values = parser.instantiate(parser.parse_args(fill_flags(args, flags)))
     return config_class(**{field.name: values[field.name] for field in dataclasses.fields(config_class)})
 
 

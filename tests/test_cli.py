@@ -40,6 +40,9 @@ class SampleConfig:
     num_images_per_caption: int = 4
     """Images of one caption."""
 
+    quick: bool = False
+    """Less of everything."""
+
     sampler: SamplerConfig = dataclasses.field(default_factory=SamplerConfig)
     """How images are drawn."""
 
@@ -148,6 +151,10 @@ def test_no_verb_at_all_is_a_usage_error_with_the_help(capsys: pytest.CaptureFix
         (
             ["--captions=a", "--smapler.model", "x"],
             "unknown option --smapler.model; did you mean --sampler.model?",
+        ),
+        (
+            ["--captions=a", "--num_images=2"],
+            "unknown option --num_images; did you mean --num_images_per_caption?",
         ),
         (["--captions=a", "--zzz"], "unknown option --zzz"),
         (["--captions=a", "stray"], "unexpected argument 'stray'"),
@@ -262,6 +269,23 @@ def test_an_interrupt_is_one_line_and_exit_code_130(sample: str, capsys: pytest.
 
 def test_the_exit_code_of_a_verb_is_the_exit_code(sample: str) -> None:
     assert cli.main([sample, "--captions=unfinished"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["--quick", "--captions=a"], True),
+        (["--captions=a", "--quick"], True),
+        (["--quick=true", "--captions=a"], True),
+        (["--quick", "false", "--captions=a"], False),
+        (["--captions=a"], False),
+    ],
+)
+def test_a_flag_may_stand_alone(
+    args: list[str], expected: bool, sample: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([sample, *args]) == 0
+    assert f"quick={expected}" in capsys.readouterr().out
 
 
 def test_dashes_become_underscores_in_names_alone() -> None:
