@@ -136,7 +136,9 @@ def crop_view(image: Tensor, rng: np.random.Generator, image_size: int, config: 
     Shapes:
         uint8 [3, H, W] -> uint8 [3, image_size, image_size]
     """
-    top, left, height, width = draw_crop(rng, *image.shape[-2:], config.crop_scale, config.crop_ratio)
+    top, left, height, width = draw_crop(
+        rng, image.shape[1], image.shape[2], config.crop_scale, config.crop_ratio
+    )
     view: Tensor = resized_crop(image, top, left, height, width, [image_size, image_size], antialias=True)
     return horizontal_flip(view) if rng.random() < config.flip_probability else view
 

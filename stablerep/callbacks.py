@@ -1,0 +1,165 @@
+"""What is watched while training: k-NN accuracy on labelled images, and images per second."""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.datasets import ImageFolder
+from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize
+
+from stablerep import distributed
+from stablerep.augment import normalize
+from stablerep.evaluation.knn import knn_classify
+
+logger = logging.getLogger(__name__)
+
+
+def read_labelled_images(folder: Path, image_size: int, num_images: int, seed: int) -> tuple[Tensor, Tensor]:
+    """A fixed random selection of an image folder `<class>/<image>`, shorter side resized, centre cropped.
+
+    Shapes:
+        -> uint8 [num_images, 3, image_size, image_size], int64 [num_images]; fewer where the folder has fewer.
+
+    Raises:
+        FileNotFoundError: If the folder or its images are missing.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"labelled images {folder} do not exist")
+    samples = ImageFolder(folder).samples
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(samples))[:num_images])
+    images = []
+    for index in chosen:
+        with Image.open(samples[index][0]) as file:
+            image = pil_to_tensor(file.convert("RGB"))
+        images.append(center_crop(resize(image, [image_size], antialias=True), [image_size, image_size]))
+    return torch.stack(images), torch.tensor([samples[index][1] for index in chosen])
+
+
+class OnlineKNN(pl.Callback):
+    """Logs `knn_top1`, the weighted k-NN accuracy of the frozen features on labelled images, in [0, 1].
+
+    Rank 0 measures; the other ranks wait at their next gather.
+
+    Args:
+        data: Folder with `train/<class>/*` and `test/<class>/*`.
+        every_n_steps: Optimizer steps between measurements; the last step is always measured.
+        k: Neighbours that vote.
+        temperature: Temperature of the votes' weights.
+        num_train_images: Labelled images that vote, at most.
+        num_test_images: Images that are classified, at most.
+        num_images_per_batch: Images that pass the backbone at a time.
+    """
+
+    def __init__(
+        self,
+        data: str,
+        every_n_steps: int = 100,
+        k: int = 20,
+        temperature: float = 0.07,
+        num_train_images: int = 2000,
+        num_test_images: int = 1000,
+        num_images_per_batch: int = 250,
+    ) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps must be >= 1, got {every_n_steps}")
+        self.data = data
+        self.every_n_steps = every_n_steps
+        self.k = k
+        self.temperature = temperature
+        self.num_images = {"train": num_train_images, "test": num_test_images}
+        self.num_images_per_batch = num_images_per_batch
+        self._images: dict[str, tuple[Tensor, Tensor]] = {}
+        self._last_step = 0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Reads the images, so that a missing folder is known before the first step."""
+        backbone: Any = pl_module.backbone
+        if distributed.rank() == 0 and not self._images:
+            for split, num_images in self.num_images.items():
+                folder = Path(self.data) / split
+                self._images[split] = read_labelled_images(folder, backbone.image_size, num_images, seed=0)
+            if self.k > (num_train := len(self._images["train"][1])):
+                raise ValueError(f"k must be <= {num_train}, the images of {self.data}/train, got {self.k}")
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Measures every `every_n_steps` steps."""
+        if trainer.global_step % self.every_n_steps == 0 and trainer.global_step != self._last_step:
+            self._measure(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measures the trained weights, unless the last step already was."""
+        if trainer.global_step != self._last_step:
+            self._measure(trainer, pl_module)
+
+    def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._last_step = trainer.global_step
+        if distributed.rank() != 0:
+            return
+        backbone: Any = pl_module.backbone
+        was_training = backbone.training
+        backbone.eval()
+        try:
+            features = {split: self._features(backbone, split, pl_module.device) for split in self._images}
+        finally:
+            backbone.train(was_training)
+        labels = {split: labels.to(pl_module.device) for split, (_, labels) in self._images.items()}
+        predicted = knn_classify(
+            features["train"],
+            labels["train"],
+            features["test"],
+            num_classes=int(labels["train"].max()) + 1,
+            k=self.k,
+            temperature=self.temperature,
+        )
+        accuracy = float((predicted == labels["test"]).float().mean())
+        logger.info("step %d: k-NN top-1 %.4f", trainer.global_step, accuracy)
+        for run_logger in trainer.loggers:
+            run_logger.log_metrics({"knn_top1": accuracy}, step=trainer.global_step)
+
+    @torch.no_grad()
+    def _features(self, backbone: Any, split: str, device: torch.device) -> Tensor:
+        images = self._images[split][0]
+        parts = [
+            backbone(normalize(part.to(device).float() / 255, backbone.mean, backbone.std))
+            for part in images.split(self.num_images_per_batch)
+        ]
+        return torch.cat(parts)
+
+
+class Throughput(pl.Callback):
+    """Logs `images_per_second`: images of all ranks over the wall time since the last log, probes excluded."""
+
+    def __init__(self) -> None:
+        self._start = 0.0
+        self._seconds = 0.0
+        self._num_images = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Starts the clock."""
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Counts the step; stands before the probes in the list of callbacks, so that it does not count them."""
+        self._seconds += time.perf_counter() - self._start
+        num_captions, num_views = batch["images"].shape[:2]
+        self._num_images += num_captions * num_views * distributed.world_size()
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            speed = self._num_images / self._seconds
+            pl_module.log("images_per_second", speed, prog_bar=True, batch_size=num_captions)
+            self._seconds, self._num_images = 0.0, 0
+        self._start = time.perf_counter()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Nothing: waiting for data is part of a step's time."""
