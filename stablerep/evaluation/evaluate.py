@@ -147,8 +147,8 @@ def _check_against_data(config: EvaluateConfig, dataset: LabelledSet) -> None:
         label, count = min(Counter(image.label for image in dataset.train).items(), key=lambda item: item[1])
         if count < 2:
             raise ValueError(
-                f"class '{dataset.classes[label]}' has 1 training image: the linear probe chooses on held-out "
-                "images and needs at least 2 a class, or a validation/ folder"
+                f"class '{dataset.classes[label]}' has 1 training image: the linear probe chooses on "
+                "held-out images and needs at least 2 a class, or a validation/ folder"
             )
 
 

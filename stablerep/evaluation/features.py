@@ -200,7 +200,7 @@ def _extract(
         batch_size=max(1, settings.num_images_per_batch // dataset.num_views),
         num_workers=settings.num_workers,
         collate_fn=list,
-        pin_memory=False,
+        generator=torch.Generator(),  # else the loader draws its workers' seed from the global state
     )
     backbone = backbone.eval().to(settings.device)
     values: list[Tensor] = []

@@ -87,8 +87,8 @@ def read_labelled_set(root: str | Path) -> LabelledSet:
 
     Raises:
         FileNotFoundError: If the folder or a split is missing.
-        ValueError: If a split or a class is empty, a class of another split is not in `train/`, there are fewer
-            than two classes, or a shard is torn or malformed; the message names the place.
+        ValueError: If a split or a class is empty, a class of another split is not in `train/`, there are
+            fewer than two classes, or a shard is torn or malformed; the message names the place.
     """
     root = Path(root)
     splits = _find_splits(root)
@@ -123,7 +123,7 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     """The upright RGB image of encoded bytes.
 
     Raises:
-        ValueError: If the bytes are no whole JPEG, PNG or WebP image or hold too many pixels; names the image.
+        ValueError: If the bytes are no whole JPEG, PNG or WebP image or hold too many pixels; names it.
     """
     try:
         with warnings.catch_warnings():

@@ -39,8 +39,8 @@ class LinearConfig:
     base_learning_rates: tuple[float, ...] = PUBLISHED_BASE_LEARNING_RATES
     """One head each; multiplied by num_images_per_batch / 256."""
     num_views: int | None = None
-    """null: new augmented views in every epoch, the published protocol. A number: that many augmented views of
-    each image are computed once and used in turn, which is faster and not comparable with published figures."""
+    """null: new augmented views in every epoch, the published protocol. A number: that many augmented views
+    of each image are computed once and used in turn: faster, and not comparable with published figures."""
     heldout_fraction: float = 0.1
     """Share of each training class on which head and epoch are chosen if there is no validation split."""
 
@@ -211,8 +211,9 @@ def linear_probe(
 ) -> list[LinearResult]:
     """The published probe without and with BatchNorm, each with head and epoch chosen in two ways.
 
-    Chosen on test: the published custom, optimistic. Chosen held-out: on the validation split; without one, on a
-    part of train that a second run, with the same settings, leaves out, and then read off the run on all of train.
+    Chosen on test: the published custom, optimistic.
+    Chosen held-out: on the validation split; without one, on a part of train that a second run, with the same
+    settings, leaves out, while the score is that of the run on all of train.
 
     Args:
         train_features: Features [N, D] of the training images for an epoch, from 0: augmented views.
@@ -221,8 +222,8 @@ def linear_probe(
         config: The settings.
         num_classes: C.
         validation: The validation split, if there is one.
-        heldout_features: Features [N, D] of the training images under the evaluation transform; needed if there
-            is no validation split.
+        heldout_features: Features [N, D] of the training images under the evaluation transform; needed if
+            there is no validation split.
         seed: Seed of initial weights, order and held-out part.
         device: Where the heads are trained.
 

@@ -1,0 +1,195 @@
+"""Reading labelled sets: what is found, and one clear line for each thing that is wrong."""
+
+import gzip
+import io
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from torchvision.datasets import ImageFolder
+from webdataset import tariterators
+
+from stablerep.evaluation import labelled
+from stablerep.evaluation.labelled import decode_image, read_labelled_set
+
+WriteTar = Callable[[Path, dict[str, bytes]], Path]
+EncodeImage = Callable[[str, int], bytes]
+
+
+def test_class_folders_are_read_as_torchvision_reads_them(write_folders: Callable[..., Path]) -> None:
+    root = write_folders(train=3, test=2, validation=1)
+    dataset = read_labelled_set(root)
+    for split in ("train", "validation", "test"):
+        oracle = ImageFolder(str(root / split))
+        images = getattr(dataset, split)
+        assert [(str(image.path), image.label) for image in images] == oracle.samples
+        assert list(dataset.classes) == oracle.classes
+        assert all(image.read_bytes() == image.path.read_bytes() for image in images)
+
+
+def test_val_is_a_name_of_the_validation_split(write_folders: Callable[..., Path]) -> None:
+    assert len(read_labelled_set(write_folders(train=2, test=1, val=2)).validation) == 6
+
+
+def test_shards_are_read_as_webdataset_reads_them(shards: Path) -> None:
+    dataset = read_labelled_set(shards)
+    oracle = []
+    for path in sorted((shards / "train").glob("*.tar")):
+        with open(path, "rb") as stream:
+            files = tariterators.tar_file_expander([{"url": str(path), "stream": stream}])
+            oracle.extend(tariterators.group_by_keys(files))
+    assert [image.read_bytes() for image in dataset.train] == [sample["png"] for sample in oracle]
+    assert [image.label for image in dataset.train] == [int(sample["cls"]) for sample in oracle]
+    assert dataset.classes == ("0", "1", "2")
+    assert len(dataset.test) == 6
+
+
+def test_classes_txt_names_the_labels_of_shards(shards: Path) -> None:
+    (shards / "classes.txt").write_text("blue\ngreen\nred\n")
+    assert read_labelled_set(shards).classes == ("blue", "green", "red")
+    (shards / "classes.txt").write_text("blue\n")
+    with pytest.raises(ValueError, match=r"classes.txt names 1 classes, but the shards hold label 2"):
+        read_labelled_set(shards)
+
+
+def test_files_that_are_no_images_are_counted(write_folders: Callable[..., Path]) -> None:
+    root = write_folders(train=2, test=1)
+    (root / "train" / "red" / "notes.txt").write_text("x")
+    (root / "test" / "red" / "scan.TIFF").write_bytes(b"x")
+    assert read_labelled_set(root).num_ignored_files == {".tiff": 1, ".txt": 1}
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_missing_split_is_named(write_folders: Callable[..., Path], split: str) -> None:
+    root = write_folders(train=1, test=1)
+    shutil.rmtree(root / split)
+    with pytest.raises(FileNotFoundError, match=f"has no {split}/ folder"):
+        read_labelled_set(root)
+
+
+def test_a_missing_set_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
+        read_labelled_set(tmp_path / "nowhere")
+
+
+def test_a_test_class_without_training_images_is_refused(write_folders: Callable[..., Path]) -> None:
+    root = write_folders(train=1, test=1)
+    shutil.rmtree(root / "train" / "green")
+    with pytest.raises(ValueError, match=r"class 'green' of .*test has no folder in .*train"):
+        read_labelled_set(root)
+
+
+def test_an_empty_class_is_named(write_folders: Callable[..., Path]) -> None:
+    root = write_folders(train=1, test=1)
+    (root / "test" / "red" / "000.png").unlink()
+    with pytest.raises(ValueError, match=r"test/red holds no images"):
+        read_labelled_set(root)
+
+
+def test_a_split_without_images_is_named(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "test").mkdir()
+    with pytest.raises(ValueError, match=r"no class folders and no .tar shards in .*train"):
+        read_labelled_set(tmp_path)
+
+
+def test_test_shards_without_samples_are_named(shards: Path) -> None:
+    (shards / "test" / "00000.tar").unlink()
+    with pytest.raises(ValueError, match=r"no images in .*test"):
+        read_labelled_set(shards)
+
+
+def test_a_single_class_is_refused(write_folders: Callable[..., Path]) -> None:
+    root = write_folders(train=1, test=1)
+    for split in ("train", "test"):
+        for name in ("red", "green"):
+            shutil.rmtree(root / split / name)
+    with pytest.raises(ValueError, match=r"at least 2 classes are needed in .*train, got 1"):
+        read_labelled_set(root)
+
+
+def test_a_shard_label_that_train_lacks_is_refused(
+    shards: Path, write_tar: WriteTar, encode_image: EncodeImage
+) -> None:
+    write_tar(shards / "test" / "9.tar", {"a.png": encode_image("red", 1), "a.cls": b"7"})
+    with pytest.raises(ValueError, match=r"test/9.tar/a.png: class '7' of test has no image in train"):
+        read_labelled_set(shards)
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"a.png": b"x"}, "sample 'a' has no cls member"),
+        ({"a.cls": b"1"}, "sample 'a' has no image member"),
+        ({"a.png": b"x", "a.cls": b"hat"}, "label of sample 'a' must be an integer >= 0, got b'hat'"),
+        ({"a.png": b"x", "a.jpg": b"x", "a.cls": b"1"}, "sample 'a' has two members for its image"),
+        ({}, "the tar holds no members"),
+    ],
+)
+def test_a_malformed_shard_is_named(
+    shards: Path, write_tar: WriteTar, members: dict[str, bytes], message: str
+) -> None:
+    write_tar(shards / "train" / "bad.tar", members)
+    with pytest.raises(ValueError, match=f"bad.tar: {message}"):
+        read_labelled_set(shards)
+
+
+def test_a_truncated_shard_is_refused_wherever_it_is_cut(shards: Path) -> None:
+    shard = shards / "train" / "00001.tar"
+    whole = shard.read_bytes()
+    end = len(whole.rstrip(b"\0"))
+    for cut in range(0, end, 256):
+        shard.write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match=r"00001.tar"):
+            read_labelled_set(shards)
+
+
+def test_a_damaged_header_does_not_end_a_shard_silently(shards: Path) -> None:
+    shard = shards / "train" / "00000.tar"
+    data = bytearray(shard.read_bytes())
+    data[data.index(b"00002.png")] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(
+        ValueError, match=r"00000.tar: the tar is truncated or damaged after member '00001.cls'"
+    ):
+        read_labelled_set(shards)
+
+
+def test_a_compressed_shard_is_refused(shards: Path) -> None:
+    shard = shards / "train" / "00000.tar"
+    shard.write_bytes(gzip.compress(shard.read_bytes()))
+    with pytest.raises(ValueError, match=r"00000.tar: not a readable, uncompressed tar"):
+        read_labelled_set(shards)
+
+
+def test_a_torn_image_is_named(encode_image: EncodeImage) -> None:
+    data = encode_image("red", 0)
+    for broken in (b"", data[: len(data) // 2], b"not an image"):
+        with pytest.raises(ValueError, match=r"^test/red/7.png: not a readable image"):
+            decode_image(broken, "test/red/7.png")
+
+
+def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(
+    monkeypatch: pytest.MonkeyPatch, encode_image: EncodeImage
+) -> None:
+    monkeypatch.setattr(labelled, "MAX_IMAGE_PIXELS", 479)
+    with pytest.raises(ValueError, match=r"a.png: .*at most 479 pixels, got 20×24"):
+        decode_image(encode_image("red", 0), "a.png")
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "CMYK", "RGBA"])
+def test_images_of_any_mode_become_rgb(mode: str) -> None:
+    buffer = io.BytesIO()
+    options = {"transparency": b"\0\1"} if mode == "P" else {}
+    Image.new(mode, (8, 6)).save(buffer, "JPEG" if mode == "CMYK" else "PNG", **options)
+    decoded = decode_image(buffer.getvalue(), "x")
+    assert (decoded.mode, decoded.size) == ("RGB", (8, 6))
+
+
+def test_a_file_that_shrank_since_it_was_listed_is_named(write_folders: Callable[..., Path]) -> None:
+    image = read_labelled_set(write_folders(train=1, test=1)).train[0]
+    image.path.write_bytes(b"short")
+    with pytest.raises(ValueError, match=r"train/blue/000.png: expected \d+ bytes"):
+        image.read_bytes()
