@@ -60,7 +60,8 @@ configs:
 # {name}
 
 {num_images} images generated from {num_captions} captions,
-{manifest.num_images_per_caption} images a caption, in {len(shards)} of {manifest.num_shards} planned shards. Every image here is synthetic.
+{manifest.num_images_per_caption} images a caption, in
+{len(shards)} of {manifest.num_shards} planned shards. Every image here is synthetic.
 
 | generator | value |
 |---|---|
@@ -71,8 +72,8 @@ configs:
 - settings hash: `{manifest.settings_hash}`
 
 Each `.tar` is a WebDataset: `{{key}}.json`, `{{key}}.txt` (caption), then one image file for each index.
-The `.parquet` beside it has one row an image. A shard is complete when its `_stats.json` is there, which holds
-the sizes and sha256 of both; `stablerep verify` compares them.
+The `.parquet` beside it has one row an image. A shard is complete when its `_stats.json` is there, which
+holds the sizes and sha256 of both; `stablerep verify` compares them.
 """
 
 

@@ -1,4 +1,4 @@
-"""Images from captions with any diffusers text-to-image pipeline, each a pure function of its seed and caption.
+"""Images from captions with any diffusers text-to-image pipeline, each a pure function of seed and caption.
 
 One fixed batch shape (the last batch is padded), noise keyed by content (`data_gen.noise`): an image does not
 depend on the others of its batch. A caption is encoded once and its embedding serves all of its images.
@@ -203,7 +203,7 @@ class DiffusionGenerator:
         return torch.from_numpy(noise).to(device=self.device, dtype=getattr(torch, self.config.dtype))
 
     def _torch_generator(self, seed: str) -> torch.Generator:
-        """For what a scheduler draws on its way; and for the initial noise where `latents` cannot be given."""
+        """For what a scheduler draws on its way, and for the first noise of an unknown family."""
         return torch.Generator(self.device).manual_seed(int(seed[:15], 16))
 
     @property
@@ -219,10 +219,11 @@ def load_pipeline(config: GeneratorConfig, model: ModelFiles) -> Any:
     """
     forbid_remote_code()
     import diffusers
-    from diffusers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    for logging in (diffusers.utils.logging, transformers_logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
     try:
         pipeline = diffusers.DiffusionPipeline.from_pretrained(
             model.folder,
@@ -242,7 +243,7 @@ def load_pipeline(config: GeneratorConfig, model: ModelFiles) -> Any:
 
 
 def _has_known_embeddings(pipeline: Any, parameters: set[str]) -> bool:
-    """Whether the pipeline is of Stable Diffusion's or SDXL's family: a UNet that takes embeddings and latents."""
+    """Whether it is of Stable Diffusion's or SDXL's family: a UNet that takes embeddings and latents."""
     return hasattr(pipeline, "unet") and {"prompt_embeds", "latents"} <= parameters
 
 

@@ -26,7 +26,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
     "heun": ("HeunDiscreteScheduler", {}),
     "lcm": ("LCMScheduler", {}),
-    "pndm": ("PNDMScheduler", {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
     "unipc": ("UniPCMultistepScheduler", {}),
 }
 """Name → (diffusers class, settings that it takes beside the model's own)."""
@@ -42,8 +42,8 @@ class GeneratorConfig:
     Args:
         model: "embedded" (the small one shipped here), a diffusers folder, or a hub id such as "owner/name".
         revision: Branch, tag or commit of a hub model; None is its main branch. The commit is recorded.
-        scheduler: One of ddim, ddpm, dpmsolver++, dpmsolver++_karras, sde-dpmsolver++, euler, euler_ancestral,
-            heun, lcm, pndm, unipc; None is the model's own.
+        scheduler: One of ddim, ddpm, dpmsolver++, dpmsolver++_karras, sde-dpmsolver++, euler,
+            euler_ancestral, heun, lcm, pndm, unipc; None is the model's own.
         num_inference_steps: Denoising steps of an image, >= 1.
         guidance_scale: Weight of classifier-free guidance, >= 0; at 1 or below, no second pass is run.
         negative_prompt: Text that guidance leads away from.

@@ -1,0 +1,129 @@
+"""A tiny Stable Diffusion pipeline with random weights, saved like any other; and finished datasets."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_gen.job import GenerateConfig, run
+from data_gen.models import GeneratorConfig
+from tests.data_gen.datasets import build_tokenizer
+
+CAPTIONS = [
+    "a red cube",
+    "two green spheres on grass",
+    "ein blauer Ring, größer als ein Haus",
+    "猫と犬",
+    "a dog",
+]
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the pipeline; 16×16 images from 8×8 latents."""
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    folder = tmp_path_factory.mktemp("model") / "tiny-pipeline"
+    tokenizer = build_tokenizer()
+    torch.manual_seed(0)
+    text_config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=24,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(text_config),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def captions_file(tmp_path: Path) -> Path:
+    """Five captions, one a line."""
+    path = tmp_path / "captions.txt"
+    path.write_text("\n".join(CAPTIONS) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def make_config(tiny_pipeline: Path, captions_file: Path, tmp_path: Path) -> Callable[..., GenerateConfig]:
+    """Builds the config of a job of three shards (2 + 2 + 1 captions); keywords change it."""
+
+    def make(**changes: Any) -> GenerateConfig:
+        sampling = {
+            "model": str(tiny_pipeline),
+            "num_inference_steps": 2,
+            "device": "cpu",
+            **changes.pop("generator", {}),
+        }
+        settings: dict[str, Any] = {
+            "captions": str(captions_file),
+            "output": str(tmp_path / "dataset"),
+            "num_images_per_caption": 3,
+            "num_captions_per_shard": 2,
+            "num_images_per_batch": 4,
+        }
+        return GenerateConfig(**{**settings, **changes}, generator=GeneratorConfig(**sampling))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def finished_dataset(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the job of `make_config` writes without a disturbance; not to be altered."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "captions.txt").write_text("\n".join(CAPTIONS) + "\n", encoding="utf-8")
+    config = GenerateConfig(
+        captions=str(folder / "captions.txt"),
+        output=str(folder / "dataset"),
+        generator=GeneratorConfig(model=str(tiny_pipeline), num_inference_steps=2, device="cpu"),
+        num_images_per_caption=3,
+        num_captions_per_shard=2,
+        num_images_per_batch=4,
+    )
+    assert run(config) == 0
+    return folder / "dataset"
+
+
+@pytest.fixture
+def dataset_copy(finished_dataset: Path, tmp_path: Path) -> Path:
+    """A copy of the finished dataset where `make_config` would write it; may be damaged."""
+    return Path(shutil.copytree(finished_dataset, tmp_path / "dataset"))

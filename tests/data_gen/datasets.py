@@ -1,0 +1,53 @@
+"""What the tests of this folder build by hand: a tokenizer, a plan, a dataset without a model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from data_gen.shard_writer import ShardWriter, write_manifest
+from data_gen.shards import DatasetManifest, Sample, Shard, hash_settings
+
+
+def build_tokenizer() -> Any:
+    """A CLIP tokenizer without merges: each byte is a token, at the end of a word another one."""
+    from transformers import CLIPTokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters = list(bytes_to_unicode().values())
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(
+        vocab={word: index for index, word in enumerate(words)}, merges=[], model_max_length=24
+    )
+
+
+def build_manifest(num_captions: int, num_images_per_caption: int = 2) -> DatasetManifest:
+    """The plan of a dataset of one shard, for tests that write shards without a model."""
+    settings = {"generator": {"model": "none"}, "seed": 0, "num_captions": num_captions}
+    return DatasetManifest(
+        schema_version=1,
+        settings=settings,
+        settings_hash=hash_settings(settings),
+        captions_source={"name": "captions.txt"},
+        num_captions=num_captions,
+        num_images_per_caption=num_images_per_caption,
+        num_captions_per_shard=num_captions,
+        num_shards=1,
+        fingerprint={},
+    )
+
+
+def write_shard(root: Path, samples: list[Sample]) -> Shard:
+    """A dataset of one shard."""
+    root.mkdir(parents=True, exist_ok=True)
+    manifest = build_manifest(len(samples))
+    write_manifest(root, manifest)
+    with ShardWriter(root, manifest, 0) as writer:
+        for sample in samples:
+            writer.write(sample)
+        return writer.publish(num_planned=len(samples), seconds=1.0, fingerprint={})
+
+
+def read_stats(root: Path, name: str = "00000") -> dict[str, Any]:
+    """A shard's completion marker."""
+    stats: dict[str, Any] = json.loads((root / f"{name}_stats.json").read_text())
+    return stats
