@@ -119,7 +119,7 @@ def run(config: EvaluateConfig) -> int:
         scores.extend(_score_linear(config, backbone, dataset, features, settings))
         seconds["linear"] = scores[-1].seconds
     if "knn" in config.protocols:
-        scores.append(_score_knn(config, features, len(dataset.classes)))
+        scores.append(_score_knn(config, features, len(dataset.classes), settings.device))
         seconds["knn"] = scores[-1].seconds
     seconds["total"] = time.perf_counter() - start
 
@@ -266,13 +266,15 @@ def _build_train_views(
     return lambda epoch: cached[epoch % len(cached)]
 
 
-def _score_knn(config: EvaluateConfig, features: dict[str, Features], num_classes: int) -> Score:
+def _score_knn(
+    config: EvaluateConfig, features: dict[str, Features], num_classes: int, device: torch.device
+) -> Score:
     start = time.perf_counter()
     train, test = features["train"], features["test"]
     predictions = knn_classify(
-        train.values[0],
-        train.labels,
-        test.values[0],
+        train.values[0].to(device),
+        train.labels.to(device),
+        test.values[0].to(device),
         num_classes=num_classes,
         k=config.knn.k,
         temperature=config.knn.temperature,
@@ -280,7 +282,7 @@ def _score_knn(config: EvaluateConfig, features: dict[str, Features], num_classe
     return Score(
         name=f"knn{config.knn.k}",
         selection="none",
-        predictions=predictions,
+        predictions=predictions.cpu(),
         labels=test.labels,
         hyperparameters={"k": config.knn.k, "temperature": config.knn.temperature},
         seconds=time.perf_counter() - start,

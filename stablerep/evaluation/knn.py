@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MAX_SIMILARITIES_IN_MEMORY = 2**24  # 64 MiB of float32 similarities at a time
+MAX_SIMILARITIES_IN_MEMORY = 2**25  # 128 MiB of float32 similarities at a time
 
 
 def knn_classify(
