@@ -45,7 +45,7 @@ def build_card(name: str, manifest: DatasetManifest, shards: list[Shard]) -> str
     )
     rows = "\n".join(
         f"| {key} | `{json.dumps(value, ensure_ascii=False)}` |"
-        for key, value in manifest.settings["generator"].items()
+        for key, value in sorted(manifest.settings["generator"].items())
     )
     return f"""---
 pretty_name: {json.dumps(name)}

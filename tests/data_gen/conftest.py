@@ -1,7 +1,7 @@
 """A tiny Stable Diffusion pipeline with random weights, saved like any other; and finished datasets."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,17 @@ CAPTIONS = [
     "猫と犬",
     "a dog",
 ]
+
+
+@pytest.fixture(scope="package", autouse=True)
+def one_thread() -> Iterator[None]:
+    """A second thread costs more than it gives to a network this small, above all on a busy machine."""
+    import torch
+
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +72,7 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
         norm_num_groups=4,
         sample_size=16,
     )
-    pipeline = StableDiffusionPipeline(
+    pipeline: Any = StableDiffusionPipeline(
         vae=vae,
         text_encoder=CLIPTextModel(text_config),
         tokenizer=tokenizer,
@@ -106,8 +117,8 @@ def make_config(tiny_pipeline: Path, captions_file: Path, tmp_path: Path) -> Cal
     return make
 
 
-@pytest.fixture(scope="session")
-def finished_dataset(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="package")
+def finished_dataset(one_thread: None, tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the job of `make_config` writes without a disturbance; not to be altered."""
     folder = tmp_path_factory.mktemp("finished")
     (folder / "captions.txt").write_text("\n".join(CAPTIONS) + "\n", encoding="utf-8")

@@ -1,11 +1,36 @@
 """What the tests of this folder build by hand: a tokenizer, a plan, a dataset without a model."""
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+from data_gen.captions import Caption
+from data_gen.noise import draw_noise, image_seed
 from data_gen.shard_writer import ShardWriter, write_manifest
 from data_gen.shards import DatasetManifest, Sample, Shard, hash_settings
+
+
+class NoiseGenerator:
+    """Stands in for DiffusionGenerator where torch would only cost time: an image is its own noise."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def generate(self, captions: Sequence[Caption], num_images: int, seed: int) -> Iterator[Any]:
+        for caption in captions:
+            seeds = tuple(image_seed(seed, caption.caption_id, index) for index in range(num_images))
+            images = tuple(
+                (draw_noise(key, (8, 8, 3)) * 50 + 128).clip(0, 255).astype("uint8") for key in seeds
+            )
+            yield SimpleNamespace(caption=caption, images=images, image_seeds=seeds, failure=None)
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {}
+
+    def count_truncated(self, captions: Sequence[Caption]) -> int:
+        return 0
 
 
 def build_tokenizer() -> Any:

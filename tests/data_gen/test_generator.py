@@ -186,6 +186,33 @@ def test_truncated_captions_are_counted(build: Callable[..., DiffusionGenerator]
     assert build().count_truncated(captions) == 1
 
 
+def test_an_sdxl_pipeline_goes_the_same_way(tiny_pipeline: Path, tmp_path: Path) -> None:
+    from diffusers import DiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    small: Any = DiffusionPipeline.from_pretrained(tiny_pipeline)
+    text_config = CLIPTextConfig(**{**small.text_encoder.config.to_dict(), "projection_dim": 32})
+    unet_config = {**small.unet.config, "addition_embed_type": "text_time", "addition_time_embed_dim": 8}
+    unet_config |= {"projection_class_embeddings_input_dim": 6 * 8 + 32, "cross_attention_dim": 64}
+    pipeline: Any = StableDiffusionXLPipeline(
+        vae=small.vae,
+        text_encoder=small.text_encoder,
+        text_encoder_2=CLIPTextModelWithProjection(text_config),
+        tokenizer=small.tokenizer,
+        tokenizer_2=small.tokenizer,
+        unet=UNet2DConditionModel.from_config(unet_config),
+        scheduler=small.scheduler,
+        add_watermarker=False,
+    )
+    pipeline.save_pretrained(tmp_path)
+    config = GeneratorConfig(model=str(tmp_path), num_inference_steps=2, device="cpu")
+    generator = DiffusionGenerator(config, find_model(config), 4)
+    together = by_seed(list(generator.generate(CAPTIONS, 3, seed=0)))
+    alone = by_seed(list(generator.generate(CAPTIONS[4:], 3, seed=0)))
+    assert alone == {seed: together[seed] for seed in alone}
+    assert len(set(together.values())) == 15
+
+
 def test_a_pipeline_of_an_unknown_family_is_prompted_with_text(
     build: Callable[..., DiffusionGenerator],
 ) -> None:
