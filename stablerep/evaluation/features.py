@@ -146,12 +146,34 @@ def extract_augmented_features(
 
 @dataclass(frozen=True)
 class _Views:
-    """What a worker hands over: views uint8 [V, 3, S, S] and the digest of the bytes, or the error."""
+    """Of one image: views uint8 [V, 3, S, S] and the digest of the bytes, or the error."""
 
     index: int
     views: Tensor | None
     sha256: str
     error: str
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What a worker hands over: of the readable images indices, digests and views [B, V, 3, S, S]; the errors."""
+
+    indices: tuple[int, ...]
+    digests: tuple[str, ...]
+    views: Tensor
+    errors: tuple[str, ...]
+
+
+def _collate(items: list[_Views]) -> _Batch:
+    # One tensor a batch: each tensor that crosses from a worker holds a file descriptor open.
+    views = [item.views for item in items if item.views is not None]
+    readable = [item for item in items if item.views is not None]
+    return _Batch(
+        indices=tuple(item.index for item in readable),
+        digests=tuple(item.sha256 for item in readable),
+        views=torch.stack(views) if views else torch.empty(0),
+        errors=tuple(item.error for item in items if item.views is None),
+    )
 
 
 class _ViewDataset(Dataset[_Views]):
@@ -199,31 +221,30 @@ def _extract(
         dataset,
         batch_size=max(1, settings.num_images_per_batch // dataset.num_views),
         num_workers=settings.num_workers,
-        collate_fn=list,
+        collate_fn=_collate,
         generator=torch.Generator(),  # else the loader draws its workers' seed from the global state
     )
     backbone = backbone.eval().to(settings.device)
     values: list[Tensor] = []
-    readable: list[_Views] = []
+    kept: list[LabelledImage] = []
+    lines: list[str] = []
     unreadable: list[str] = []
     with tqdm(total=len(dataset), desc=description, unit=" images", leave=False) as progress:
         for batch in loader:
-            failed = [item.error for item in batch if item.views is None]
-            unreadable.extend(failed)
+            unreadable.extend(batch.errors)
             _check_budget(unreadable, len(dataset), settings.error_budget_fraction, description)
-            items = [item for item in batch if item.views is not None]
-            if items:
-                features = _forward(backbone, torch.stack([_views_of(item) for item in items]), settings)
-                _check_finite(features, [dataset.images[item.index].name for item in items])
-                values.append(features)
-                readable.extend(_Views(item.index, None, item.sha256, "") for item in items)
-            progress.update(len(batch))
-    if not readable:
+            images = [dataset.images[index] for index in batch.indices]
+            if images:
+                values.append(_forward(backbone, batch.views, settings))
+                _check_finite(values[-1], images)
+            kept.extend(images)
+            lines.extend(
+                f"{image.name}\t{image.label}\t{digest}\n"
+                for image, digest in zip(images, batch.digests, strict=True)
+            )
+            progress.update(len(images) + len(batch.errors))
+    if not kept:
         raise ValueError(f"{description}: none of the {len(dataset)} images could be read")
-    kept = [dataset.images[item.index] for item in readable]
-    lines = (
-        f"{image.name}\t{image.label}\t{item.sha256}\n" for image, item in zip(kept, readable, strict=True)
-    )
     return Features(
         values=torch.cat(values).transpose(0, 1).contiguous(),
         labels=torch.tensor([image.label for image in kept]),
@@ -231,12 +252,6 @@ def _extract(
         digest=hashlib.sha256("".join(lines).encode()).hexdigest(),
         unreadable=tuple(unreadable),
     )
-
-
-def _views_of(item: _Views) -> Tensor:
-    if item.views is None:
-        raise RuntimeError(f"no views for image {item.index}")
-    return item.views
 
 
 def _forward(backbone: nn.Module, views: Tensor, settings: ExtractionSettings) -> Tensor:
@@ -253,10 +268,10 @@ def _forward(backbone: nn.Module, views: Tensor, settings: ExtractionSettings) -
     return features.float().cpu().unflatten(0, views.shape[:2])
 
 
-def _check_finite(features: Tensor, names: list[str]) -> None:
+def _check_finite(features: Tensor, images: list[LabelledImage]) -> None:
     finite = features.isfinite().flatten(1).all(dim=1)
     if not finite.all():
-        raise ValueError(f"{names[int((~finite).nonzero()[0])]}: the backbone's feature is not finite")
+        raise ValueError(f"{images[int((~finite).nonzero()[0])].name}: the backbone's feature is not finite")
 
 
 def _check_budget(

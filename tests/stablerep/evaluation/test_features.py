@@ -1,6 +1,8 @@
 """Feature extraction: what a feature depends on, and what stops it."""
 
 import dataclasses
+import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -80,6 +82,19 @@ def test_views_do_not_depend_on_batch_workers_or_grouping(
     other = dataclasses.replace(settings, num_images_per_batch=5, num_workers=num_workers)
     last = extract_views(backbone, images[::-1], other, first_view=2, num_views=1)
     torch.testing.assert_close(last.values[0].flip(0), expected.values[2])
+
+
+def test_workers_do_not_hold_a_file_descriptor_an_image(
+    backbone: nn.Module, images: tuple[LabelledImage, ...], settings: ExtractionSettings
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    many = dataclasses.replace(settings, num_images_per_batch=105, num_workers=2)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 50, hard))
+    try:
+        features = extract_features(backbone, images * 20, many, description="x")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert features.values.shape == (1, 420, 24)
 
 
 def test_views_differ_from_one_another_and_with_the_seed(
