@@ -156,7 +156,7 @@ class _Views:
 
 @dataclass(frozen=True)
 class _Batch:
-    """What a worker hands over: of the readable images indices, digests and views [B, V, 3, S, S]; the errors."""
+    """What a worker hands over: views [B, V, 3, S, S] of the images that it could read, and the errors."""
 
     indices: tuple[int, ...]
     digests: tuple[str, ...]
