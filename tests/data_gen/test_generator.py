@@ -267,3 +267,9 @@ def test_model_identity_is_that_of_its_content(tiny_pipeline: Path, tmp_path: Pa
 def test_a_setting_out_of_its_range_is_named_with_its_bound(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(GeneratorConfig(), **change).check()
+
+
+def test_a_hub_model_out_of_reach_is_named() -> None:
+    with pytest.raises(OSError, match=r"^hub model no-owner/no-name cannot be had .*: .+$") as caught:
+        find_model(GeneratorConfig(model="no-owner/no-name"))
+    assert len(str(caught.value).splitlines()) == 1
