@@ -11,6 +11,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from stablerep.arguments import suggest
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -38,8 +40,7 @@ def build_backbone(name: str, image_size: int, backbone_options: dict[str, Any] 
     """
     options = dict(backbone_options or {})
     if not timm.is_model(name):
-        near = timm.list_models(f"*{name.split('_')[0]}*")[:3]
-        raise ValueError(f"backbone must be a timm name, got {name!r}; near: {', '.join(near) or 'none'}")
+        raise ValueError(f"backbone {name!r} is not known to timm{suggest(name, timm.list_models())}")
     if clash := sorted(options.keys() & {"img_size", "num_classes", "pretrained"}):
         raise ValueError(f"backbone_options must not hold {clash[0]}; image_size is an option of its own")
     try:

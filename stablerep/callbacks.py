@@ -24,7 +24,7 @@ def read_labelled_images(folder: Path, image_size: int, num_images: int, seed: i
     """A fixed random selection of an image folder `<class>/<image>`, shorter side resized, centre cropped.
 
     Shapes:
-        -> uint8 [num_images, 3, image_size, image_size], int64 [num_images]; fewer where the folder has fewer.
+        -> uint8 [num_images, 3, image_size, image_size], int64 [num_images], or as many as there are.
 
     Raises:
         FileNotFoundError: If the folder or its images are missing.
@@ -75,6 +75,7 @@ class OnlineKNN(pl.Callback):
         self.num_images = {"train": num_train_images, "test": num_test_images}
         self.num_images_per_batch = num_images_per_batch
         self._images: dict[str, tuple[Tensor, Tensor]] = {}
+        self.num_seconds = 0.0
         self._last_step = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -103,6 +104,7 @@ class OnlineKNN(pl.Callback):
         self._last_step = trainer.global_step
         if distributed.rank() != 0:
             return
+        start = time.perf_counter()
         backbone: Any = pl_module.backbone
         was_training = backbone.training
         backbone.eval()
@@ -123,6 +125,7 @@ class OnlineKNN(pl.Callback):
         logger.info("step %d: k-NN top-1 %.4f", trainer.global_step, accuracy)
         for run_logger in trainer.loggers:
             run_logger.log_metrics({"knn_top1": accuracy}, step=trainer.global_step)
+        self.num_seconds += time.perf_counter() - start
 
     @torch.no_grad()
     def _features(self, backbone: Any, split: str, device: torch.device) -> Tensor:
@@ -135,31 +138,29 @@ class OnlineKNN(pl.Callback):
 
 
 class Throughput(pl.Callback):
-    """Logs `images_per_second`: images of all ranks over the wall time since the last log, probes excluded."""
+    """Logs `images_per_second`: images of all ranks over wall time, without the time of `OnlineKNN`."""
 
     def __init__(self) -> None:
         self._start = 0.0
-        self._seconds = 0.0
         self._num_images = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts the clock."""
-        self._start = time.perf_counter()
+        self._start = time.perf_counter() - _seconds_in_probes(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Counts the step; stands before the probes in the list of callbacks, so that it does not count them."""
-        self._seconds += time.perf_counter() - self._start
+        """Counts the step's images; waiting for data is part of its time."""
         num_captions, num_views = batch["images"].shape[:2]
         self._num_images += num_captions * num_views * distributed.world_size()
-        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            speed = self._num_images / self._seconds
+        if trainer.global_step % max(1, trainer.log_every_n_steps) == 0:  # type: ignore[attr-defined]
+            now = time.perf_counter() - _seconds_in_probes(trainer)
+            speed = self._num_images / (now - self._start)
             pl_module.log("images_per_second", speed, prog_bar=True, batch_size=num_captions)
-            self._seconds, self._num_images = 0.0, 0
-        self._start = time.perf_counter()
+            self._start, self._num_images = now, 0
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Nothing: waiting for data is part of a step's time."""
+
+def _seconds_in_probes(trainer: pl.Trainer) -> float:
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return sum(callback.num_seconds for callback in callbacks if isinstance(callback, OnlineKNN))

@@ -90,8 +90,8 @@ class MultiPositiveDataModule(pl.LightningDataModule):
             raise ValueError(f"{self.root} holds no complete shard (of {manifest.num_shards} planned)")
         if self.views.num_images > manifest.num_images_per_caption:
             raise ValueError(
-                f"num_views_per_caption must be <= {manifest.num_images_per_caption}, the images of a caption in "
-                f"{self.root}, got {self.views.num_views}"
+                f"num_views_per_caption must be <= {manifest.num_images_per_caption}, the images of each "
+                f"caption in {self.root}, got {self.views.num_views}"
             )
         self._shards = verify_shards(shards, self.error_budget_fraction)
         num_captions = sum(shard.num_samples for shard in self._shards)
@@ -148,7 +148,7 @@ class MultiPositiveDataModule(pl.LightningDataModule):
         num_consumers = num_ranks * self.num_workers
         num_steps = self.num_steps_per_epoch
         logger.info(
-            "%d captions in %d shards; %d ranks x %d captions x %d views a step, %d steps an epoch, %d left over",
+            "%d captions, %d shards; %d ranks x %d captions x %d views a step, %d steps an epoch, %d over",
             *(num_captions, len(self._shards), num_ranks, self.num_captions_per_rank, self.views.num_views),
             *(num_steps, num_captions - num_steps * num_ranks * self.num_captions_per_rank),
         )

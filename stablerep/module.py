@@ -1,8 +1,8 @@
 """StableRep as a LightningModule: features of all views, embeddings view by view, the multi-positive loss.
 
-The published rule for the learning rate is blr · (captions · ranks · views / 256) · (crops / 2); a view is one
-crop of one image, so lr = blr · images_per_step / 512. The README's run: 43 captions · 32 ranks · 6 views =
-8256 images a step, 2e-4 · 8256 / 512 = 3.225e-3.
+The published rule for the learning rate is blr · (captions · ranks · views / 256) · (crops / 2); a view is
+one crop of one image, so lr = blr · images_per_step / 512. The published run: 43 captions · 32 ranks · 6
+views = 8256 images a step, 2e-4 · 8256 / 512 = 3.225e-3.
 """
 
 import logging
@@ -92,7 +92,7 @@ class StableRep(pl.LightningModule):
         projection_hidden_features: int = 4096,
         projection_out_features: int = 256,
         temperature: float = 0.1,
-        optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 (frozen)
+        optimizer: OptimizerConfig = OptimizerConfig(),
         num_captions_per_rank: int = 64,
         num_views_per_caption: int = 6,
         compile_backbone: bool = False,
@@ -185,7 +185,8 @@ class StableRep(pl.LightningModule):
         num_images = self.num_captions_per_rank * num_ranks * self.num_views_per_caption
         peak = config.peak_learning_rate(num_images)
         logger.info(
-            "%d captions x %d ranks x %d views = %d images a step; peak learning rate %.4g; %d steps, %d of warm-up",
+            "%d captions x %d ranks x %d views = %d images a step; "
+            "peak learning rate %.4g, %d steps, warm-up %d",
             *(self.num_captions_per_rank, num_ranks, self.num_views_per_caption, num_images, peak),
             *(num_steps, config.num_warmup_steps),
         )

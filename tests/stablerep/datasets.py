@@ -1,0 +1,77 @@
+"""Small datasets of random images, written by the writer of `stablerep generate`."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from data_gen.captions import caption_id
+from data_gen.shard_writer import ShardWriter, write_manifest
+from data_gen.shards import DatasetManifest, Sample, hash_settings
+
+
+def encode_noise(rng: np.random.Generator, size: int, image_format: str = "JPEG") -> bytes:
+    """An image file of one random colour with a little noise."""
+    pixels = rng.integers(0, 200, size=3) + rng.integers(0, 50, size=(size, size, 3))
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(buffer, image_format)
+    return buffer.getvalue()
+
+
+def build_sample(caption: str, num_images: int, size: int, corrupt: bool = False) -> Sample:
+    """A caption with random images; a corrupt one has its first image cut off."""
+    identity = caption_id(caption)
+    rng = np.random.default_rng(int(identity, 16))
+    images = [encode_noise(rng, size) for _ in range(num_images)]
+    if corrupt:
+        images[0] = images[0][:40]
+    seeds = tuple(f"{index:032x}" for index in range(num_images))
+    return Sample(identity, identity, caption, tuple(images), "jpg", seeds, size, size)
+
+
+def write_dataset(
+    root: Path,
+    num_captions_of_shards: list[int],
+    num_images: int = 4,
+    size: int = 16,
+    corrupt: frozenset[int] | set[int] = frozenset(),
+) -> list[str]:
+    """Writes shards of the given numbers of captions; returns the captions in order.
+
+    The captions whose indices are in `corrupt` have an image that cannot be decoded.
+    """
+    captions = [f"caption number {index}" for index in range(sum(num_captions_of_shards))]
+    root.mkdir(parents=True, exist_ok=True)
+    settings = {"num_images": num_images, "size": size}
+    manifest = DatasetManifest(
+        schema_version=1,
+        settings=settings,
+        settings_hash=hash_settings(settings),
+        captions_source={"name": "captions.txt"},
+        num_captions=len(captions),
+        num_images_per_caption=num_images,
+        num_captions_per_shard=max(num_captions_of_shards, default=1),
+        num_shards=max(1, len(num_captions_of_shards)),
+        fingerprint={},
+    )
+    write_manifest(root, manifest)
+    first = 0
+    for shard_index, num_captions in enumerate(num_captions_of_shards):
+        with ShardWriter(root, manifest, shard_index) as writer:
+            for index in range(first, first + num_captions):
+                writer.write(build_sample(captions[index], num_images, size, corrupt=index in corrupt))
+            writer.publish(num_planned=num_captions, seconds=1.0, fingerprint={})
+        first += num_captions
+    return captions
+
+
+def write_image_folder(root: Path, num_images: int = 6, size: int = 16) -> None:
+    """`train/` and `test/` with two classes of random images."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in ("circle", "square"):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for index in range(num_images):
+                (folder / f"{index}.png").write_bytes(encode_noise(rng, size, "PNG"))

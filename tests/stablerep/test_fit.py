@@ -1,0 +1,186 @@
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from stablerep.backbones import load_backbone
+from stablerep.cli import main
+from stablerep.fit import choose_run_folder, count_devices, find_checkpoint
+from tests.stablerep.datasets import write_dataset, write_image_folder
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+TIMEOUT_SECONDS = 240
+
+SMALL = [
+    *("--data.num_captions_per_rank", "4"),
+    *("--data.num_workers", "0"),
+    *("--model.backbone_options", "{patch_size: 8, depth: 1, embed_dim: 16, num_heads: 2}"),
+    *("--model.projection_hidden_features", "16"),
+    *("--trainer.accelerator", "cpu"),
+    *("--trainer.enable_progress_bar", "false"),
+    *("--trainer.log_every_n_steps", "1"),
+]
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[str]:
+    """Options that point the shipped config at data of this test."""
+    write_dataset(tmp_path / "shards", [8, 8], num_images=4, size=64)
+    write_image_folder(tmp_path / "scenes", num_images=12, size=64)
+    return [
+        *("--data.root", str(tmp_path / "shards")),
+        *("--trainer.callbacks.data", str(tmp_path / "scenes")),
+        *("--output", str(tmp_path / "run")),
+    ]
+
+
+def fit(*args: str, config: str = "embedded") -> int:
+    return main(["fit", "--config", str(CONFIGS / f"{config}.yaml"), *args])
+
+
+def read_metrics(run: Path) -> list[dict[str, str]]:
+    with (run / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("config", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+def test_one_step_of_each_shipped_config_runs(config: str, folders: list[str], tmp_path: Path) -> None:
+    assert fit(*folders, *SMALL, "--trainer.max_steps", "1", config=config) == 0
+    run = tmp_path / "run"
+    assert {"config.yaml", "metrics.csv", "checkpoints"} <= {path.name for path in run.iterdir()}
+    assert list(run.glob("events.out.tfevents.*"))
+    metrics = read_metrics(run)
+    assert any(row["loss"] for row in metrics)
+    assert any(row["knn_top1"] for row in metrics)
+    backbone = load_backbone(run / "checkpoints" / "last.ckpt")
+    assert backbone(torch.zeros(1, 3, 64, 64)).shape == (1, 16)
+
+
+@pytest.mark.parametrize("config", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+def test_arithmetic_in_the_config_is_what_it_sets(config: str) -> None:
+    text = (CONFIGS / f"{config}.yaml").read_text()
+    values = yaml.safe_load(text)
+    captions, views = values["data"]["num_captions_per_rank"], values["data"]["num_views_per_caption"]
+    steps = values["trainer"]["max_steps"]
+    assert f"{captions} captions x 1 rank x {views} views = {captions * views} images a step" in text
+    assert f"{steps} steps see {steps * captions * views:,} images" in text
+
+
+@pytest.mark.e2e
+def test_second_run_has_its_own_folder_and_goes_on_from_the_first(folders: list[str], tmp_path: Path) -> None:
+    assert fit(*folders, *SMALL, "--trainer.max_steps", "4") == 0  # four steps are one epoch
+    first = (tmp_path / "run" / "checkpoints" / "last.ckpt").read_bytes()
+    assert fit(*folders, *SMALL, "--trainer.max_steps", "8", "--ckpt_path", "last") == 0
+    second = torch.load(tmp_path / "run-2" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert second["global_step"] == 8
+    assert [int(row["step"]) for row in read_metrics(tmp_path / "run-2") if row["loss"]] == [4, 5, 6, 7]
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").read_bytes() == first
+
+
+@pytest.mark.e2e
+def test_equal_seeds_give_equal_runs(folders: list[str], tmp_path: Path) -> None:
+    for seed in ("0", "0", "1"):
+        assert fit(*folders, *SMALL, "--trainer.max_steps", "3", "--seed_everything", seed) == 0
+    runs = [tmp_path / name for name in ("run", "run-2", "run-3")]
+    losses = [[row["loss"] for row in read_metrics(run) if row["loss"]] for run in runs]
+    assert losses[0] == losses[1]
+    assert losses[0] != losses[2]
+
+
+@pytest.mark.e2e
+@pytest.mark.distributed
+def test_two_devices_train_from_the_command_line(folders: list[str], tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(CONFIGS.parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "stablerep.cli", "fit", "--config", str(CONFIGS / "embedded.yaml")]
+    two = ["--trainer.devices", "2", "--trainer.max_steps", "2"]
+    result = subprocess.run(
+        [*command, *folders, *SMALL, *two],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "4 captions x 2 ranks x 4 views = 32 images a step" in result.stderr
+    assert [int(row["step"]) for row in read_metrics(tmp_path / "run") if row["loss"]] == [0, 1]
+    assert load_backbone(tmp_path / "run" / "checkpoints" / "last.ckpt").image_size == 64
+
+
+@pytest.mark.e2e
+@pytest.mark.distributed
+def test_error_on_all_ranks_ends_them_with_one_line(folders: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "stablerep.cli", "fit", "--config", str(CONFIGS / "embedded.yaml")]
+    result = subprocess.run(
+        [*command, *folders, *SMALL, "--trainer.devices", "2", "--data.num_captions_per_rank", "40"],
+        env=os.environ | {"PYTHONPATH": str(CONFIGS.parent), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+    )
+    assert result.returncode == 1
+    assert "holds 16 captions, fewer than the 2 ranks x num_captions_per_rank 40" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (["--data.num_views_per_caption", "9"], 1, "num_views_per_caption must be <= 4"),
+        (["--data.num_captions_per_rank", "99"], 1, "holds 16 captions, fewer than the 1 ranks"),
+        (["--data.root", "nowhere"], 1, "nowhere is not a dataset"),
+        (["--ckpt_path", "none.ckpt"], 1, "checkpoint none.ckpt does not exist"),
+        (["--ckpt_path", "last"], 1, "ckpt_path is last, but there is no"),
+        (["--model.temperature", "-1"], 1, "temperature must be > 0, got -1.0"),
+        (["--model.backbone", "vit_tiny_patch16_22"], 1, "did you mean vit_tiny_patch16_224?"),
+        (["--trainer.callbacks.data", "nowhere"], 1, "labelled images nowhere/train do not exist"),
+        (["--checkpoint_every_n_steps", "0"], 1, "checkpoint_every_n_steps must be >= 1, got 0"),
+        (["--trainer.max_steps", "-1"], 1, "trainer.max_steps or trainer.max_epochs must be set"),
+        (["--trainer.accelerator", "tpu"], 1, "TPU"),
+        (["--data.num_view_per_caption", "2"], 2, "did you mean --data.num_views_per_caption?"),
+        (["--trainer.max_step", "2"], 2, "did you mean --trainer.max_steps?"),
+        (["--data.positives", "captions"], 2, "caption"),
+    ],
+)
+def test_bad_option_gets_one_line(
+    args: list[str], code: int, message: str, folders: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit(*folders, *SMALL, *args) == code
+    last_line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last_line.startswith("stablerep fit: error: ")
+    assert message in last_line
+
+
+def test_run_folder_is_the_first_free_one(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    assert choose_run_folder(output) == output
+    for name in ("run", "run-2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").touch()
+    assert choose_run_folder(output) == tmp_path / "run-3"
+
+
+def test_last_checkpoint_is_that_of_the_newest_run(tmp_path: Path) -> None:
+    for age, name in enumerate(["run", "run-2"]):
+        path = tmp_path / name / "checkpoints" / "last.ckpt"
+        path.parent.mkdir(parents=True)
+        path.touch()
+        os.utime(path, (1000 - age, 1000 - age))
+    assert find_checkpoint("last", tmp_path / "run") == str(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert find_checkpoint(None, tmp_path / "run") is None
+
+
+@pytest.mark.parametrize(
+    ("devices", "expected"), [(2, 2), ("3", 3), ([0, 4], 2), ("0,1,5", 3), ("auto", 1), (1, 1)]
+)
+def test_devices_are_counted_as_lightning_reads_them(devices: object, expected: int) -> None:
+    class Trainer:
+        accelerator = "cpu"
+
+    Trainer.devices = devices  # type: ignore[attr-defined]
+    assert count_devices(Trainer) == expected
