@@ -178,7 +178,7 @@ class StableRep(pl.LightningModule):
     def _learning_rate(self) -> float:
         return float(self.trainer.optimizers[0].param_groups[0]["lr"])
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """AdamW over two groups, and the schedule by step."""
         config, num_steps = self.optimizer_config, self._num_steps()
         num_ranks = distributed.world_size()

@@ -141,7 +141,7 @@ def test_error_on_all_ranks_ends_them_with_one_line(folders: list[str], tmp_path
         (["--trainer.callbacks.data", "nowhere"], 1, "labelled images nowhere/train do not exist"),
         (["--checkpoint_every_n_steps", "0"], 1, "checkpoint_every_n_steps must be >= 1, got 0"),
         (["--trainer.max_steps", "-1"], 1, "trainer.max_steps or trainer.max_epochs must be set"),
-        (["--trainer.accelerator", "tpu"], 1, "TPU"),
+        (["--trainer.accelerator", "warp"], 1, "warp"),
         (["--data.num_view_per_caption", "2"], 2, "did you mean --data.num_views_per_caption?"),
         (["--trainer.max_step", "2"], 2, "did you mean --trainer.max_steps?"),
         (["--data.positives", "captions"], 2, "caption"),

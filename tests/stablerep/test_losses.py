@@ -20,7 +20,7 @@ def naive_loss(embeddings: Tensor, labels: Tensor, temperature: float) -> Tensor
             continue
         weights = [torch.exp(z[i] @ z[j] / temperature) for j in range(len(z)) if j != i]
         log_q = [(z[i] @ z[j] / temperature) - torch.log(sum(weights, torch.tensor(0.0))) for j in positives]
-        losses.append(-sum(log_q) / len(positives))  # type: ignore[arg-type]
+        losses.append(-sum(log_q) / len(positives))
     return torch.stack(losses).mean()
 
 

@@ -101,8 +101,8 @@ def test_loss_of_a_step_is_the_papers_formula_on_the_heads_output(tmp_path: Path
     module = build_module()
     batches = build_batches(1)
     losses: list[Tensor] = []
-    module.log = lambda name, value, **_: losses.append(value) if name == "loss" else None  # type: ignore[method-assign, assignment]
-    module.log_dict = lambda *_, **__: None  # type: ignore[method-assign, assignment]
+    module.log = lambda name, value, **_: losses.append(value) if name == "loss" else None  # type: ignore[method-assign]
+    module.log_dict = lambda *_, **__: None  # type: ignore[method-assign]
     reference = build_module()
     reference.load_state_dict(module.state_dict())
     train(module, tmp_path, batches)
