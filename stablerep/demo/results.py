@@ -1,0 +1,193 @@
+"""What came out of the demo: scores, differences, curves, and whether its claim holds."""
+
+import csv
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from data_gen.shards import list_complete_shards, read_samples
+from stablerep.demo.budget import Budget
+from stablerep.demo.runner import Record
+from stablerep.evaluation.report import compare_runs, read_results
+
+RUN_TITLES = {"stablerep": "StableRep", "simclr": "SimCLR", "random": "random initialisation"}
+"""The three sets of weights, in the order that is claimed."""
+PROTOCOL_TITLES = {"linear_heldout": "linear probe", "knn20": "k-NN"}
+"""The scores on which the claim rests: the probe's settings are chosen without the test images."""
+NUM_GRID_CAPTIONS = 8
+_MAX_GRID_CAPTION_CHARACTERS = 60
+_NUM_CAPTIONS_TO_CHOOSE_FROM = 256
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Accuracy of one run less that of the next, paired by test image; fractions in [-1, 1].
+
+    Args:
+        protocol: Name of the score.
+        above: The run that is claimed to be better.
+        below: The other.
+        difference: Observed.
+        low: Lower bound of the 95 % interval.
+        high: Upper bound.
+    """
+
+    protocol: str
+    above: str
+    below: str
+    difference: float
+    low: float
+    high: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the difference is above 0 by more than the interval."""
+        return self.low > 0
+
+
+@dataclass(frozen=True)
+class GridRow:
+    """A caption and its generated images, as encoded files."""
+
+    caption: str
+    images: tuple[bytes, ...]
+    image_extension: str
+
+
+def collect_results(
+    root: Path, budget: Budget, records: Sequence[Record], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Everything that the report says, in plain types, for demo.json.
+
+    Args:
+        root: The demo's folder, every step done.
+        budget: Sizes of the steps.
+        records: One a step.
+        options: The demo's own options.
+    """
+    evaluations = {run: read_results(root / "evaluation" / run) for run in RUN_TITLES}
+    scores = {run: {score["name"]: score for score in found["results"]} for run, found in evaluations.items()}
+    differences = compare_all(root / "evaluation")
+    return {
+        "schema_version": 1,
+        "claim": judge(differences),
+        "scores": scores,
+        "differences": [asdict(difference) | {"holds": difference.holds} for difference in differences],
+        "curves": {run: read_curves(root / run / "metrics.csv") for run in ("stablerep", "simclr")},
+        "steps": [asdict(record) for record in records],
+        "options": dict(options),
+        "budget": asdict(budget) | {"num_images": budget.num_images, "chance": _chance(evaluations)},
+        "machine": describe_machine(),
+        "versions": evaluations["stablerep"]["versions"],
+    }
+
+
+def compare_all(folder: Path) -> list[Difference]:
+    """Each run against the next, under each protocol; `folder` holds an evaluation a run."""
+    runs = list(RUN_TITLES)
+    found = []
+    for protocol in PROTOCOL_TITLES:
+        for above, below in pairwise(runs):
+            paired = compare_runs(folder / above, folder / below, protocol)
+            found.append(Difference(protocol, above, below, paired.difference, paired.low, paired.high))
+    return found
+
+
+def judge(differences: Sequence[Difference]) -> dict[str, Any]:
+    """Whether StableRep > SimCLR > random initialisation, by more than the interval, under every protocol."""
+    failed = [difference for difference in differences if not difference.holds]
+    if failed:
+        text = "The claim does not hold in this run: " + "; ".join(map(_explain_failure, failed)) + "."
+    else:
+        parts = [
+            f"{RUN_TITLES[difference.above]} is {_points(difference.difference)} points above "
+            f"{RUN_TITLES[difference.below]} ({_points(difference.low)} to {_points(difference.high)}) "
+            f"by {PROTOCOL_TITLES[difference.protocol]}"
+            for difference in differences
+        ]
+        text = "The claim holds: " + "; ".join(parts) + "."
+    return {
+        "holds": not failed,
+        "statement": "StableRep > SimCLR > random initialisation, each by more than the 95 % interval of the "
+        "paired difference, under the linear probe and under k-NN",
+        "verdict": text,
+    }
+
+
+def read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """`loss` and `knn_top1` over optimizer steps, from the log of a training."""
+    curves: dict[str, list[tuple[int, float]]] = {"loss": [], "knn_top1": []}
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            for name, points in curves.items():
+                if row.get(name):
+                    points.append((int(row["step"]) + 1, float(row[name])))  # the log counts from 0
+    return curves
+
+
+def choose_grid(root: Path) -> list[GridRow]:
+    """Captions that differ much from each other, with their images: the same ones for the same dataset."""
+    rows: list[GridRow] = []
+    for shard in list_complete_shards(root):
+        rows += [
+            GridRow(sample.caption, sample.images, sample.image_extension)
+            for sample in read_samples(shard)
+            if len(sample.caption) <= _MAX_GRID_CAPTION_CHARACTERS
+        ]
+        if len(rows) >= _NUM_CAPTIONS_TO_CHOOSE_FROM:
+            break
+    chosen = rows[:1]
+    while rows and len(chosen) < min(NUM_GRID_CAPTIONS, len(rows)):
+        rest = [row for row in rows if row not in chosen]
+        chosen.append(min(rest, key=lambda row: max(_overlap(row, other) for other in chosen)))
+    return chosen
+
+
+def describe_machine() -> dict[str, Any]:
+    """What the seconds were measured on."""
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "processor": _read_processor_name(),
+        "num_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "num_threads": torch.get_num_threads(),
+        "accelerator": device,
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _explain_failure(difference: Difference) -> str:
+    above, below = RUN_TITLES[difference.above], RUN_TITLES[difference.below]
+    where = f"is {'below' if difference.high < 0 else 'not clearly above'} {below}"
+    return (
+        f"by {PROTOCOL_TITLES[difference.protocol]}, {above} {where} ("
+        f"{_points(difference.difference)} points, {_points(difference.low)} to {_points(difference.high)})"
+    )
+
+
+def _points(fraction: float) -> str:
+    return f"{100 * fraction:.1f}".replace("-", "−")
+
+
+def _overlap(row: GridRow, other: GridRow) -> float:
+    words, others = set(row.caption.split()), set(other.caption.split())
+    return len(words & others) / len(words | others)
+
+
+def _chance(evaluations: Mapping[str, Any]) -> float:
+    return 1 / len(evaluations["stablerep"]["data"]["classes"])
+
+
+def _read_processor_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
