@@ -157,6 +157,8 @@ class ShardWriter:
     ) -> Shard:
         """Closes the tar, publishes tar and parquet, then writes the completion marker.
 
+        An older marker goes first, so that none ever stands beside a tar that it does not describe.
+
         Args:
             num_planned: Captions of this shard in the plan.
             seconds: Wall time spent on the shard.
@@ -191,11 +193,11 @@ class ShardWriter:
             "tar": {"num_bytes": tar_num_bytes, "sha256": tar_sha256},
             "parquet": {"num_bytes": len(parquet), "sha256": hashlib.sha256(parquet).hexdigest()},
         }
+        marker = self._tar_path.with_name(f"{self._tar_path.stem}_stats.json")
+        marker.unlink(missing_ok=True)
         os.replace(self._temporary, self._tar_path)
         write_file(self._tar_path.with_suffix(".parquet"), parquet)
-        write_file(
-            self._tar_path.with_name(f"{self._tar_path.stem}_stats.json"), (to_json(stats) + "\n").encode()
-        )
+        write_file(marker, (to_json(stats) + "\n").encode())
         shard = read_shard(self._root, self._manifest, self._index)
         if shard is None:
             raise ShardError(f"{self._tar_path}: its completion marker vanished")

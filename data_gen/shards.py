@@ -162,6 +162,9 @@ def read_manifest(root: str | Path) -> DatasetManifest:
     names = {field.name for field in dataclasses.fields(DatasetManifest)}
     if missing := sorted(names - values.keys()):
         raise ShardError(f"{path}: missing field {', '.join(missing)}")
+    for name in ("num_captions", "num_images_per_caption", "num_captions_per_shard", "num_shards"):
+        if type(values[name]) is not int or values[name] < 0:
+            raise ShardError(f"{path}: {name} must be an integer >= 0, got {values[name]!r}")
     return DatasetManifest(**{name: values[name] for name in names})
 
 
@@ -261,29 +264,39 @@ def read_samples(shard: Shard) -> Iterator[Sample]:
 
 
 def _read_groups(shard: Shard, file: BinaryIO) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Consecutive members of one key, by suffix (`json`, `txt`, `0.jpg`, …)."""
-    key, members = "", dict[str, bytes]()
+    """Consecutive members of one key, by suffix (`json`, `txt`, `0.jpg`, …).
+
+    The grouping is webdataset's own, so that a sample here is what every reader of the format takes for one;
+    which members reach it, and what a sample must hold, is checked here.
+    """
+    from webdataset.tariterators import (
+        group_by_keys,
+    )  # it imports torch: not for those who read markers alone
+
+    try:
+        for sample in group_by_keys(_read_members(shard, file), lcase=False):
+            yield sample["__key__"], {name: sample[name] for name in sample if not name.startswith("__")}
+    except ShardError:
+        raise
+    except ValueError as error:
+        raise ShardError(f"{shard.path}: {error.args[0]}") from error
+
+
+def _read_members(shard: Shard, file: BinaryIO) -> Iterator[dict[str, Any]]:
+    """The members of a shard, each checked, in the form that webdataset passes between its stages."""
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
-                member_key, suffix = _check_member(shard, member)
-                if member_key != key:
-                    if members:
-                        yield key, members
-                    key, members = member_key, {}
-                if suffix in members:
-                    raise ShardError(f"{shard.path}: member {member.name} occurs twice")
+                _check_member(shard, member)
                 file.seek(member.offset_data)
-                members[suffix] = file.read(member.size)
+                yield {"fname": member.name, "data": file.read(member.size), "__url__": str(shard.path)}
                 tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every header it has read
     except (tarfile.TarError, EOFError) as error:
         raise ShardError(f"{shard.path}: not a readable tar ({error})") from error
-    if members:
-        yield key, members
 
 
-def _check_member(shard: Shard, member: tarfile.TarInfo) -> tuple[str, str]:
-    """(key, suffix) of a member that the schema knows."""
+def _check_member(shard: Shard, member: tarfile.TarInfo) -> None:
+    """Refuses what the schema does not know, before it is read."""
     match = _MEMBER_NAME.fullmatch(member.name)
     if match is None:
         raise ShardError(f"{shard.path}: unexpected member {member.name!r}")
@@ -294,7 +307,6 @@ def _check_member(shard: Shard, member: tarfile.TarInfo) -> tuple[str, str]:
         raise ShardError(
             f"{shard.path}: member {member.name} has {member.size} bytes, at most {max_bytes} expected"
         )
-    return match[1], match[2]
 
 
 def _parse_sample(shard: Shard, key: str, members: dict[str, bytes]) -> Sample:

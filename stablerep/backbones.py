@@ -133,7 +133,7 @@ def load_backbone(checkpoint: str | Path, *, random_init: bool = False) -> nn.Mo
     path = Path(checkpoint)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {checkpoint} does not exist")
-    content = _read_checkpoint(path)
+    content = read_checkpoint(path)
     description = content[_CHECKPOINT_KEY]
     if description.get("schema_version") != BACKBONE_SCHEMA_VERSION:
         raise ValueError(
@@ -157,7 +157,13 @@ def load_backbone(checkpoint: str | Path, *, random_init: bool = False) -> nn.Mo
     return backbone.eval()
 
 
-def _read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What a checkpoint of `stablerep fit` holds, on the CPU; no code that it may hold is run.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is torn, or no checkpoint of this project.
+    """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:

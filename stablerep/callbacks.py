@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import find_classes
 from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize
 
 from stablerep import distributed
@@ -20,18 +21,24 @@ from stablerep.evaluation.knn import knn_classify
 logger = logging.getLogger(__name__)
 
 
-def read_labelled_images(folder: Path, image_size: int, num_images: int, seed: int) -> tuple[Tensor, Tensor]:
+def read_labelled_images(
+    folder: Path, classes: list[str], image_size: int, num_images: int, seed: int
+) -> tuple[Tensor, Tensor]:
     """A fixed random selection of an image folder `<class>/<image>`, shorter side resized, centre cropped.
+
+    Labels are places in `classes`, so that a split without images of a class does not shift those after it.
 
     Shapes:
         -> uint8 [num_images, 3, image_size, image_size], int64 [num_images], or as many as there are.
 
     Raises:
-        FileNotFoundError: If the folder or its images are missing.
+        FileNotFoundError: If the folder's images are missing.
+        ValueError: If the folder has a class that `classes` lacks.
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"labelled images {folder} do not exist")
-    samples = ImageFolder(folder).samples
+    found = ImageFolder(folder)
+    if unknown := sorted(set(found.classes) - set(classes)):
+        raise ValueError(f"labelled images {folder} have a class '{unknown[0]}' that train has not")
+    samples = [(path, classes.index(found.classes[label])) for path, label in found.samples]
     chosen = np.sort(np.random.default_rng(seed).permutation(len(samples))[:num_images])
     images = []
     for index in chosen:
@@ -82,9 +89,14 @@ class OnlineKNN(pl.Callback):
         """Reads the images, so that a missing folder is known before the first step."""
         backbone: Any = pl_module.backbone
         if distributed.rank() == 0 and not self._images:
+            for split in self.num_images:
+                if not (folder := Path(self.data) / split).is_dir():
+                    raise FileNotFoundError(f"labelled images {folder} do not exist")
+            classes, _ = find_classes(str(Path(self.data) / "train"))
             for split, num_images in self.num_images.items():
-                folder = Path(self.data) / split
-                self._images[split] = read_labelled_images(folder, backbone.image_size, num_images, seed=0)
+                self._images[split] = read_labelled_images(
+                    Path(self.data) / split, classes, backbone.image_size, num_images, seed=0
+                )
             if self.k > (num_train := len(self._images["train"][1])):
                 raise ValueError(f"k must be <= {num_train}, the images of {self.data}/train, got {self.k}")
 

@@ -2,6 +2,7 @@
 
 import os
 import random
+from pathlib import Path
 
 # Before any import of the libraries that read them once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -22,6 +23,16 @@ def fixed_seeds() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 (libraries that draw from the global state are what is seeded)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a Stable Diffusion pipeline with random weights that makes 16×16 images at once."""
+    from tests.data_gen.datasets import save_tiny_pipeline
+
+    folder = tmp_path_factory.mktemp("model") / "tiny-pipeline"
+    save_tiny_pipeline(folder)
+    return folder
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -123,7 +123,11 @@ def test_no_second_pass_at_guidance_one(
 def test_each_caption_is_encoded_once(build: Callable[..., DiffusionGenerator]) -> None:
     generator = build()
     rows: list[int] = []
-    generator.pipeline.text_encoder.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+
+    def count_rows(_: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        rows.append(len(inputs[0] if inputs else named["input_ids"]))
+
+    generator.pipeline.text_encoder.register_forward_pre_hook(count_rows, with_kwargs=True)
     list(generator.generate(CAPTIONS, 6, seed=0))
     prompts_and_negative_prompts = [NUM_CAPTIONS_PER_ENCODING] * 2
     assert rows == prompts_and_negative_prompts

@@ -1,4 +1,5 @@
 import math
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,15 @@ def test_online_knn_names_a_missing_folder(tmp_path: Path) -> None:
         OnlineKNN(str(tmp_path / "scenes")).setup(
             pl.Trainer(logger=False, accelerator="cpu"), build_module(), "fit"
         )
+
+
+def test_online_knn_labels_are_those_of_train_where_a_split_lacks_a_class(tmp_path: Path) -> None:
+    write_image_folder(tmp_path / "scenes")
+    shutil.rmtree(tmp_path / "scenes" / "test" / "circle")
+    probe = OnlineKNN(str(tmp_path / "scenes"), k=3)
+    probe.setup(pl.Trainer(logger=False, accelerator="cpu"), build_module(), "fit")
+    assert set(probe._images["train"][1].tolist()) == {0, 1}
+    assert set(probe._images["test"][1].tolist()) == {1}
 
 
 @pytest.mark.parametrize(

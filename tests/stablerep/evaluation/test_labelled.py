@@ -46,6 +46,20 @@ def test_shards_are_read_as_webdataset_reads_them(shards: Path) -> None:
     assert len(dataset.test) == 6
 
 
+def test_shards_that_webdataset_wrote_are_read(tmp_path: Path, encode_image: EncodeImage) -> None:
+    import webdataset
+
+    images = {f"{index:03d}": (encode_image("red", index), index % 2) for index in range(6)}
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        with webdataset.TarWriter(str(tmp_path / split / "00000.tar")) as writer:
+            for key, (image, label) in images.items():
+                writer.write({"__key__": key, "png": image, "cls": label})
+    dataset = read_labelled_set(tmp_path)
+    for split in (dataset.train, dataset.test):
+        assert [(image.read_bytes(), image.label) for image in split] == list(images.values())
+
+
 def test_classes_txt_names_the_labels_of_shards(shards: Path) -> None:
     (shards / "classes.txt").write_text("blue\ngreen\nred\n")
     assert read_labelled_set(shards).classes == ("blue", "green", "red")
