@@ -1,0 +1,1 @@
+"""The shipped text-to-image model (`pipeline/`), and the script that trains it (`train.py`)."""

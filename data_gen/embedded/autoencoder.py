@@ -1,0 +1,93 @@
+"""The autoencoder of the embedded generator: 64 x 64 pixels to 16 x 16 latents of eight channels, and back.
+
+Eight channels, since four leave one linear axis for colour beside a patch's brightness and its slopes: an
+autoencoder of four, trained as long, turned yellow into orange and purple into blue.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers.models import AutoencoderKL
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from data_gen.embedded.examples import IMAGE_SIZE, SceneBank
+from data_gen.embedded.training import Draws, StageConfig, indices_of, train_stage
+
+LATENT_SHAPE = (8, IMAGE_SIZE // 4, IMAGE_SIZE // 4)
+_KL_WEIGHT = 1e-6
+_NUM_IMAGES_PER_PASS = 100
+
+
+def build_autoencoder() -> AutoencoderKL:
+    """Build the untrained network, 1.5 million parameters."""
+    return AutoencoderKL(
+        sample_size=IMAGE_SIZE,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 48, 96),
+        layers_per_block=1,
+        latent_channels=LATENT_SHAPE[0],
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+    )
+
+
+def train_autoencoder(
+    bank: SceneBank, config: StageConfig, folder: Path, seed: int, device: torch.device
+) -> AutoencoderKL:
+    """Train on absolute and squared error, of 4 x 4 means too, with a slight pull to Gaussian latents."""
+    torch.manual_seed(seed)
+    autoencoder = build_autoencoder().to(device, memory_format=torch.channels_last)
+
+    def loss_of(draws: Draws) -> Tensor:
+        indices = indices_of(draws.step, len(bank), config.num_examples_per_step, seed)
+        images = to_signed(bank.images[indices], device)
+        noise = torch.randn(len(images), *LATENT_SHAPE, generator=draws.torch).to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            moments = autoencoder.quant_conv(autoencoder.encoder(images))
+            mean, log_variance = moments.float().clamp(-30, 20).chunk(2, dim=1)
+            decoded = autoencoder.decode(mean + noise * (0.5 * log_variance).exp()).sample.float()
+        difference = decoded - images
+        error = (_weights(images) * (difference.abs() + difference.square())).mean()
+        error = error + F.avg_pool2d(difference, 4).abs().mean()
+        divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=(1, 2, 3)).mean()
+        return error + _KL_WEIGHT * divergence
+
+    train_stage("autoencoder", autoencoder, loss_of, config, folder, seed)
+    return autoencoder
+
+
+def _weights(images: Tensor) -> Tensor:
+    """Weight of each pixel, [B, 1, H, W]: more where it is far from the picture's mean, as objects are."""
+    return 1 + 4 * (images - images.mean(dim=(2, 3), keepdim=True)).abs().mean(dim=1, keepdim=True)
+
+
+def to_signed(images: NDArray[np.uint8], device: torch.device) -> Tensor:
+    """Turn uint8 [B, H, W, 3] into float32 [B, 3, H, W] in [-1, 1], channels last in memory."""
+    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+
+@torch.inference_mode()
+def encode_bank(autoencoder: AutoencoderKL, bank: SceneBank, folder: Path) -> NDArray[np.float16]:
+    """Write every scene's latent mean, not yet scaled, to `latents.npy`, or read it when it is complete.
+
+    Shapes:
+        returns: float16 [N, 8, 16, 16], memory-mapped.
+    """
+    path = folder / "latents.npy"
+    if not path.exists():
+        device = next(autoencoder.parameters()).device
+        means = np.empty((len(bank), *LATENT_SHAPE), np.float16)
+        for start in tqdm(range(0, len(bank), _NUM_IMAGES_PER_PASS), "encode", mininterval=10):
+            batch = to_signed(np.array(bank.images[start : start + _NUM_IMAGES_PER_PASS]), device)
+            with torch.autocast(device.type, torch.bfloat16):
+                mean = autoencoder.encode(batch).latent_dist.mean
+            means[start : start + len(batch)] = mean.float().cpu().numpy()
+        temporary = path.with_suffix(".tmp.npy")
+        np.save(temporary, means)
+        temporary.rename(path)
+    return np.load(path, mmap_mode="r")
