@@ -6,6 +6,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from stablerep.demo.report import write_as_heading
 from stablerep.demo.results import PROTOCOL_TITLES, RUN_TITLES, GridRow
 
 MAX_BYTES = 200_000
@@ -27,7 +28,7 @@ def draw_picture(results: dict[str, Any], grid: Sequence[GridRow]) -> bytes:
     column_width = (_WIDTH - 3 * _MARGIN) // 2
     block_height = 34 + _IMAGE_SIZE + 26
     grid_height = -(-len(rows) // 2) * block_height
-    height = 2 * _MARGIN + grid_height + 60 + len(RUN_TITLES) * _ROW_HEIGHT + 34
+    height = 2 * _MARGIN + grid_height + 8 + 40 + len(RUN_TITLES) * _ROW_HEIGHT - (_ROW_HEIGHT - _BAR_HEIGHT)
     picture = Image.new("RGB", (_WIDTH, height), _PAPER)
     draw = ImageDraw.Draw(picture)
     for index, row in enumerate(rows):
@@ -56,7 +57,7 @@ def _draw_scores(
     """Bars from 0 to 100 % with their intervals; the axis' zero is where the bars begin."""
     num_test = results["budget"]["num_test_scenes"]
     title = f"{PROTOCOL_TITLES[protocol]}: shapes of {num_test:,} rendered test pictures, %"
-    draw.text((left, top), title[0].upper() + title[1:], fill=_SOFT, font=_font(17))
+    draw.text((left, top), write_as_heading(title), fill=_SOFT, font=_font(17))
     zero, scale = left + 168, (width - 168 - 70) / 1.0
     for index, (run, name) in enumerate(RUN_TITLES.items()):
         score = results["scores"][run][protocol]

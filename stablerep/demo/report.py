@@ -37,7 +37,7 @@ def build_report(results: dict[str, Any], grid: Sequence[GridRow]) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"percent": _percent, "points": _points, "clock": format_seconds}
-    environment.filters["capitalize_first"] = lambda text: text[:1].upper() + text[1:]
+    environment.filters["heading"] = write_as_heading
     steps = results["steps"]
     return environment.get_template(TEMPLATE_FILE).render(
         **results,
@@ -56,6 +56,11 @@ def build_report(results: dict[str, Any], grid: Sequence[GridRow]) -> str:
         total_seconds=sum(step["seconds"] for step in steps),
         frame=charts,
     )
+
+
+def write_as_heading(text: str) -> str:
+    """The text with a capital first letter, except where that letter is a symbol: `k-NN`."""
+    return text if text[1:2] == "-" else text[:1].upper() + text[1:]
 
 
 def _interval_chart(results: dict[str, Any], protocol: str) -> charts.IntervalChart:

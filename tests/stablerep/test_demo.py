@@ -21,9 +21,6 @@ from stablerep.demo.results import PROTOCOL_TITLES, RUN_TITLES, GridRow, compare
 from stablerep.demo.runner import claim_folder, fingerprint_steps, read_last_line, run_steps
 from stablerep.demo.steps import Step, plan_steps
 from stablerep.evaluation.report import Score, read_results, write_report
-from tests.data_gen.conftest import one_thread, tiny_pipeline
-
-__all__ = ["one_thread", "tiny_pipeline"]  # fixtures of the other package's tests
 
 NUM_TEST = 400
 NAMES = ("linear_heldout", "linear_bn_heldout", "linear_paper", "linear_bn_paper", "knn20")
