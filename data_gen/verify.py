@@ -38,12 +38,17 @@ def run(config: VerifyConfig) -> int:
     root = Path(config.dataset)
     manifest = read_manifest(root)
     num_bad = num_missing = num_images = num_failed = 0
-    for index in tqdm(range(manifest.num_shards), desc="verify", unit="shard"):
+    progress = tqdm(range(manifest.num_shards), desc="verify", unit="shard")
+
+    def say(message: str) -> None:  # on a line of its own, above the bar
+        progress.write(f"stablerep verify: {message}", file=sys.stderr)
+
+    for index in progress:
         try:
             shard = read_shard(root, manifest, index)
             if shard is None:
                 num_missing += 1
-                _say(f"{root / manifest.shard_name(index)}.tar: not finished, it has no completion marker")
+                say(f"{root / manifest.shard_name(index)}.tar: not finished, it has no completion marker")
                 continue
             verify_shard(shard)
             if config.deep:
@@ -58,7 +63,7 @@ def run(config: VerifyConfig) -> int:
             num_failed += shard.num_failed
         except ShardError as error:
             num_bad += 1
-            _say(str(error))
+            say(str(error))
     print(
         f"{root}: {manifest.num_shards} shards planned, {manifest.num_shards - num_bad - num_missing} sound, "
         f"{num_bad} bad, {num_missing} missing; {num_images} images, {num_failed} captions failed"
@@ -93,7 +98,3 @@ def verify_images(shard: Shard) -> None:
                 tar.seek(row["tar_offset"])
                 if tar.read(row["num_bytes"]) != image or row["caption"] != sample.caption:
                     raise ShardError(f"{where} differs from its row in {shard.parquet_path.name}")
-
-
-def _say(message: str) -> None:
-    print(f"stablerep verify: {message}", file=sys.stderr)

@@ -7,6 +7,10 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from stablerep.backbones import read_checkpoint
+
+_TRAINING_STATE = {"loops", "lr_schedulers", "optimizer_states", "pytorch-lightning_version"}
+
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes beside the final name, flushes to disk, then renames: a kill leaves the older checkpoint whole.
@@ -39,8 +43,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
         Raises:
             FileNotFoundError: If there is none.
-            ValueError: If the path is a web address, whose content Lightning would run.
+            ValueError: If the path is a web address, whose content Lightning would run, or the file is torn,
+                of another model, or without the state of a training to go on from.
         """
         if "://" in str(path):
             raise ValueError(f"checkpoint must be a local file, got {path}")
-        return super().load_checkpoint(path, map_location=map_location, weights_only=True)
+        checkpoint = read_checkpoint(Path(path))
+        if missing := sorted(_TRAINING_STATE - checkpoint.keys()):
+            raise ValueError(f"checkpoint {path} holds weights alone: no {missing[0]} to resume from")
+        return checkpoint

@@ -9,6 +9,7 @@ Each run has a folder of its own: `--output`, or when that holds a run, the same
 
 import logging
 import os
+import sys
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -30,12 +31,15 @@ from stablerep.module import StableRep
 
 PROCESS_GROUP_TIMEOUT = timedelta(minutes=5)  # torch's half an hour is what a hang would cost
 LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
+_RUN_FILES = ("config.yaml", "metrics.csv", "checkpoints")
 
 _EXPECTED_WARNINGS = (
     r"LightningCLI's args parameter",  # the front door has taken the verb off the command line
     r".*does not have many workers",  # num_workers is the config's choice, 0 included
+    r"This DataLoader will create",  # and so are more workers than cores
     r"Your `?IterableDataset`? has `__len__` defined",  # the stream's length is exact whatever the workers
     r".*torch\.cuda\.amp\.|.*`isinstance\(treespec, LeafSpec\)` is deprecated",  # inside Lightning
+    r"Experiment logs directory .* exists and is not empty",  # left by a run that could not start
     r"Checkpoint directory .* exists and is not empty",  # the last checkpoint is replaced on purpose
     r"The number of training batches .* is smaller than the logging interval",  # steps are what is counted
     r"The dirpath has changed from",  # a resumed run has a folder of its own
@@ -155,9 +159,9 @@ def main(args: list[str]) -> int:
 
 
 def choose_run_folder(output: Path) -> Path:
-    """`output`, or the first of `output-2`, `output-3`, … that holds no run."""
+    """`output`, or the first of `output-2`, `output-3`, … that holds nothing which a run would replace."""
     folder, number = output, 1
-    while (folder / "config.yaml").exists():
+    while any((folder / name).exists() for name in _RUN_FILES):
         number += 1
         folder = output.with_name(f"{output.name}-{number}")
     return folder
@@ -175,14 +179,16 @@ def find_checkpoint(ckpt_path: str | None, output: Path) -> str | None:
         if not Path(ckpt_path).is_file():
             raise FileNotFoundError(f"checkpoint {ckpt_path} does not exist")
         return ckpt_path
-    runs = [
-        path
-        for path in (output, *output.parent.glob(f"{output.name}-*"))
-        if (path / LAST_CHECKPOINT).exists()
-    ]
+    later = [path for path in output.parent.glob("*") if _is_later_run(path.name, output.name)]
+    runs = [path for path in (output, *later) if (path / LAST_CHECKPOINT).exists()]
     if not runs:
         raise FileNotFoundError(f"ckpt_path is last, but there is no {output / LAST_CHECKPOINT}")
     return str(max(runs, key=lambda run: (run / LAST_CHECKPOINT).stat().st_mtime) / LAST_CHECKPOINT)
+
+
+def _is_later_run(name: str, first: str) -> bool:
+    """Whether it is `first-2`, `first-3`, …, and not another run whose name begins alike."""
+    return name.startswith(f"{first}-") and name.removeprefix(f"{first}-").isdecimal()
 
 
 def count_devices(trainer: Any) -> int:
@@ -211,7 +217,12 @@ def _show_log_lines() -> None:
         logging.getLogger(name).addFilter(_is_no_advertisement)
     log = logging.getLogger("stablerep")
     log.setLevel(logging.INFO if os.environ.get("LOCAL_RANK", "0") == "0" else logging.WARNING)
-    if not log.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        log.addHandler(handler)
+    if not any(isinstance(handler, _StderrHandler) for handler in log.handlers):
+        log.addHandler(_StderrHandler())
+
+
+class _StderrHandler(logging.Handler):
+    """Writes to what stderr is when the line comes: one process may train several times, each captured."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(record.getMessage(), file=sys.stderr)

@@ -213,6 +213,21 @@ class StableRep(pl.LightningModule):
             raise ValueError("trainer.max_steps or trainer.max_epochs must be set: the schedule ends there")
         return int(self.trainer.max_epochs * datamodule.num_steps_per_epoch)
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses, before anything is loaded, the weights of another architecture.
+
+        Raises:
+            ValueError: If a weight is missing, unknown or of another shape; names the first.
+        """
+        theirs = {name: list(value.shape) for name, value in checkpoint["state_dict"].items()}
+        ours = {name: list(value.shape) for name, value in self.state_dict().items()}
+        for name in [*ours, *theirs]:
+            if theirs.get(name) != ours.get(name):
+                raise ValueError(
+                    f"checkpoint {self.trainer.ckpt_path} does not fit the configured model: {name} is "
+                    f"{theirs.get(name, 'missing')} there and {ours.get(name, 'missing')} here"
+                )
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what `load_backbone` reads."""
         add_backbone_to_checkpoint(checkpoint, self.backbone)
