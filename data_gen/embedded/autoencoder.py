@@ -1,7 +1,6 @@
 """The autoencoder of the embedded generator: 64 x 64 pixels to 16 x 16 latents of eight channels, and back.
 
-Eight channels, since four leave one linear axis for colour beside a patch's brightness and its slopes: an
-autoencoder of four, trained as long, turned yellow into orange and purple into blue.
+Eight channels: four leave one linear axis for colour beside a patch's brightness and its slopes.
 """
 
 from pathlib import Path
@@ -20,6 +19,9 @@ from data_gen.embedded.training import Draws, StageConfig, indices_of, train_sta
 LATENT_SHAPE = (8, IMAGE_SIZE // 4, IMAGE_SIZE // 4)
 _KL_WEIGHT = 1e-6
 _NUM_IMAGES_PER_PASS = 100
+_NUM_STANDARDISING = 2000
+# (share of the steps up to which it holds, pixels): many cheap steps first, while colours are learnt.
+_CROP_SIZES = ((0.8, 16), (0.92, 32), (1.0, IMAGE_SIZE))
 
 
 def build_autoencoder() -> AutoencoderKL:
@@ -31,7 +33,7 @@ def build_autoencoder() -> AutoencoderKL:
         block_out_channels=(16, 48, 96),
         layers_per_block=1,
         latent_channels=LATENT_SHAPE[0],
-        norm_num_groups=8,
+        norm_num_groups=1,
         mid_block_add_attention=False,
     )
 
@@ -45,20 +47,37 @@ def train_autoencoder(
 
     def loss_of(draws: Draws) -> Tensor:
         indices = indices_of(draws.step, len(bank), config.num_examples_per_step, seed)
-        images = to_signed(bank.images[indices], device)
-        noise = torch.randn(len(images), *LATENT_SHAPE, generator=draws.torch).to(device)
+        images = to_signed(_crop(bank.images[indices], draws, config.num_steps), device)
+        size = images.shape[-1] // 4
+        noise = torch.randn(len(images), LATENT_SHAPE[0], size, size, generator=draws.torch).to(device)
         with torch.autocast(device.type, torch.bfloat16):
             moments = autoencoder.quant_conv(autoencoder.encoder(images))
             mean, log_variance = moments.float().clamp(-30, 20).chunk(2, dim=1)
             decoded = autoencoder.decode(mean + noise * (0.5 * log_variance).exp()).sample.float()
-        difference = decoded - images
+        difference = _opponent_colours(decoded - images)
         error = (_weights(images) * (difference.abs() + difference.square())).mean()
-        error = error + F.avg_pool2d(difference, 4).abs().mean()
+        error = error + 2 * F.avg_pool2d(difference, 4).abs().mean()
         divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=(1, 2, 3)).mean()
         return error + _KL_WEIGHT * divergence
 
     train_stage("autoencoder", autoencoder, loss_of, config, folder, seed)
     return autoencoder
+
+
+def _crop(images: NDArray[np.uint8], draws: Draws, num_steps: int) -> NDArray[np.uint8]:
+    """Cut the images to the crop size of this step, at a place drawn anew for each step."""
+    crop = next(size for end, size in _CROP_SIZES if draws.step < end * num_steps)
+    top, left = draws.numpy.integers(0, IMAGE_SIZE - crop + 1, size=2)
+    return images[:, top : top + crop, left : left + crop]
+
+
+def _opponent_colours(difference: Tensor) -> Tensor:
+    """Turn RGB into brightness, red against green, and blue against yellow; colour counts double.
+
+    In RGB, red against green, which only small objects show, is learnt last: pink becomes cream, purple grey.
+    """
+    red, green, blue = difference.unbind(dim=1)
+    return torch.stack([(red + green + blue) / 3, 2 * (red - green), 2 * blue - red - green], dim=1)
 
 
 def _weights(images: Tensor) -> Tensor:
@@ -71,9 +90,32 @@ def to_signed(images: NDArray[np.uint8], device: torch.device) -> Tensor:
     return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
+@torch.no_grad()
+def standardise_latents(autoencoder: AutoencoderKL, bank: SceneBank) -> None:
+    """Give each latent channel mean 0 and variance 1, by the two 1 x 1 convolutions beside the latents.
+
+    The reconstruction stays the same. Stable Diffusion's pipelines know a scaling factor (now 1), but no shift.
+    """
+    device = next(autoencoder.parameters()).device
+    means = [
+        autoencoder.encode(to_signed(np.array(bank.images[start : start + _NUM_IMAGES_PER_PASS]), device))
+        for start in range(0, min(_NUM_STANDARDISING, len(bank)), _NUM_IMAGES_PER_PASS)
+    ]
+    latents = torch.cat([output.latent_dist.mean for output in means])
+    shift, scale = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
+    inward, outward = autoencoder.quant_conv, autoencoder.post_quant_conv
+    outward.bias += (outward.weight.flatten(1) * shift).sum(dim=1)
+    outward.weight *= scale.view(1, -1, 1, 1)
+    num_channels = len(scale)
+    inward.weight[:num_channels] /= scale.view(-1, 1, 1, 1)
+    inward.bias[:num_channels] = (inward.bias[:num_channels] - shift) / scale
+    inward.bias[num_channels:] -= 2 * scale.log()
+    autoencoder.register_to_config(scaling_factor=1.0)
+
+
 @torch.inference_mode()
 def encode_bank(autoencoder: AutoencoderKL, bank: SceneBank, folder: Path) -> NDArray[np.float16]:
-    """Write every scene's latent mean, not yet scaled, to `latents.npy`, or read it when it is complete.
+    """Write every scene's latent mean to `latents.npy`, or read it when it is complete.
 
     Shapes:
         returns: float16 [N, 8, 16, 16], memory-mapped.

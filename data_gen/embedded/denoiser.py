@@ -31,13 +31,11 @@ class LatentBank:
     """Scenes as the denoiser sees them.
 
     Args:
-        means: Latent means, float16 [N, 8, 16, 16], not scaled.
-        scaling_factor: 1 / their standard deviation.
+        means: Standardised latents, float16 [N, 8, 16, 16].
         scenes: Gives the captions.
     """
 
     means: NDArray[np.float16]
-    scaling_factor: float
     scenes: SceneBank
 
 
@@ -69,6 +67,7 @@ def build_scheduler() -> DPMSolverMultistepScheduler:
         prediction_type="v_prediction",
         algorithm_type="dpmsolver++",
         lambda_min_clipped=-5.1,
+        steps_offset=1,  # as the pipeline asks
     )
 
 
@@ -81,7 +80,7 @@ def train_denoiser(
     seed: int,
     compiled: bool,
 ) -> UNet2DConditionModel:
-    """Train on scaled latents and captions in ever new words; one caption in ten is empty, for guidance."""
+    """Train on latents and captions in ever new words; one caption in ten is empty, for guidance."""
     device = text_encoder.device
     torch.manual_seed(seed)
     denoiser = build_denoiser().to(device, memory_format=torch.channels_last)
@@ -101,7 +100,7 @@ def train_denoiser(
 
     def loss_of(draws: Draws) -> Tensor:
         indices = indices_of(draws.step, len(bank.scenes), config.num_examples_per_step, seed)
-        latents = torch.from_numpy(bank.means[indices]).to(device).float() * bank.scaling_factor
+        latents = torch.from_numpy(bank.means[indices]).to(device).float()
         latents = latents.contiguous(memory_format=torch.channels_last)
         states = _encode_captions(indices, draws)
         noise = torch.randn(latents.shape, generator=draws.torch).to(device)

@@ -18,13 +18,13 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from jsonargparse import auto_cli
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from data_gen.embedded.autoencoder import encode_bank, train_autoencoder
+from data_gen.embedded.autoencoder import encode_bank, standardise_latents, train_autoencoder
 from data_gen.embedded.denoiser import LatentBank, build_scheduler, train_denoiser
 from data_gen.embedded.examples import build_bank
 from data_gen.embedded.text import build_tokenizer, measure_reading, train_text_encoder
 from data_gen.embedded.training import StageConfig
 
-AUTOENCODER = StageConfig(4000, 8, 1e-3, num_warmup_steps=100, decay_fraction=0.7)
+AUTOENCODER = StageConfig(6000, 16, 5e-4, num_warmup_steps=100, decay_fraction=0.7)
 TEXT_ENCODER = StageConfig(1500, 64, 1e-3, num_warmup_steps=100, decay_fraction=0.5)
 DENOISER = StageConfig(9000, 64, 1e-3, num_warmup_steps=300, decay_fraction=0.3, ema_decay=0.9995)
 
@@ -63,13 +63,13 @@ def train(
     record |= {"num_scenes": num_scenes, "seed": seed, "device": chosen.type, "torch": torch.__version__}
     (output / "training.json").write_text(json.dumps(record, indent=2) + "\n")
     vae = train_autoencoder(scenes, autoencoder, output, seed, chosen)
+    standardise_latents(vae, scenes)
     means = encode_bank(vae, scenes, output)
-    vae.register_to_config(scaling_factor=round(1 / float(means.std(dtype="float64")), 4))
     tokenizer = build_tokenizer(seed)
     reader = train_text_encoder(tokenizer, text_encoder, output, seed, chosen)
     share = measure_reading(reader, tokenizer, 2000, seed)
     print(f"the text encoder answers every question about {share:.1%} of unseen captions")
-    bank = LatentBank(means, vae.config.scaling_factor, scenes)
+    bank = LatentBank(means, scenes)
     encoder = reader.text_encoder.requires_grad_(False)
     unet = train_denoiser(bank, encoder, tokenizer, denoiser, output, seed, compiled)
     write_pipeline(output / "pipeline", vae, encoder, tokenizer, unet)

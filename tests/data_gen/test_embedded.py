@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from data_gen.embedded import examples
+from data_gen.embedded.autoencoder import build_autoencoder, standardise_latents, to_signed
 from data_gen.embedded.denoiser import build_denoiser, build_scheduler
-from data_gen.embedded.examples import build_bank, scene_at
+from data_gen.embedded.examples import SceneBank, build_bank, scene_at
 from data_gen.embedded.text import CONTEXT_LENGTH, answers_of, build_tokenizer
 from data_gen.embedded.train import train
 from data_gen.embedded.training import Draws, StageConfig, draws_of, indices_of, train_stage
@@ -172,6 +173,25 @@ def test_the_grammars_captions_fit_and_its_words_are_whole_tokens() -> None:
     assert max(lengths) <= CONTEXT_LENGTH
     for word in ("triangle", "turquoise", "checkered", "crescent", "bricks"):
         assert len(tokenizer(word, add_special_tokens=False).input_ids) <= 2, word
+
+
+def test_standard_latents_reconstruct_the_same() -> None:
+    torch.manual_seed(0)
+    autoencoder = build_autoencoder()
+    torch.nn.init.normal_(autoencoder.quant_conv.bias)
+    bank = SceneBank(np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8), seed=0)
+    images = to_signed(bank.images, torch.device("cpu"))
+    with torch.inference_mode():
+        before = autoencoder.encode(images).latent_dist
+        decoded = autoencoder.decode(before.mean).sample
+    standardise_latents(autoencoder, bank)
+    with torch.inference_mode():
+        after = autoencoder.encode(images).latent_dist
+        torch.testing.assert_close(autoencoder.decode(after.mean).sample, decoded, rtol=1e-3, atol=1e-4)
+    scale = before.mean.std(dim=(0, 2, 3), keepdim=True)
+    torch.testing.assert_close(after.mean.mean(dim=(0, 2, 3)), torch.zeros(8), rtol=0, atol=1e-4)
+    torch.testing.assert_close(after.mean.std(dim=(0, 2, 3)), torch.ones(8), rtol=1e-3, atol=0)
+    torch.testing.assert_close(after.std, before.std / scale, rtol=1e-3, atol=1e-5)
 
 
 def test_answers_name_what_a_caption_says() -> None:
