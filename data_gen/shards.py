@@ -269,9 +269,8 @@ def _read_groups(shard: Shard, file: BinaryIO) -> Iterator[tuple[str, dict[str, 
     The grouping is webdataset's own, so that a sample here is what every reader of the format takes for one;
     which members reach it, and what a sample must hold, is checked here.
     """
-    from webdataset.tariterators import (
-        group_by_keys,
-    )  # it imports torch: not for those who read markers alone
+    # It imports torch, which those who read markers alone can do without.
+    from webdataset.tariterators import group_by_keys
 
     try:
         for sample in group_by_keys(_read_members(shard, file), lcase=False):
