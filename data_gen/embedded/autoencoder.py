@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models import AutoencoderKL
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from data_gen.embedded.examples import IMAGE_SIZE, SceneBank
@@ -18,6 +18,7 @@ from data_gen.embedded.training import Draws, StageConfig, indices_of, train_sta
 
 LATENT_SHAPE = (8, IMAGE_SIZE // 4, IMAGE_SIZE // 4)
 _KL_WEIGHT = 1e-6
+_LATENT_NOISE = 0.05
 _NUM_IMAGES_PER_PASS = 100
 _NUM_STANDARDISING = 2000
 # (share of the steps up to which it holds, pixels): many cheap steps first, while colours are learnt.
@@ -54,14 +55,37 @@ def train_autoencoder(
             moments = autoencoder.quant_conv(autoencoder.encoder(images))
             mean, log_variance = moments.float().clamp(-30, 20).chunk(2, dim=1)
             decoded = autoencoder.decode(mean + noise * (0.5 * log_variance).exp()).sample.float()
-        difference = _opponent_colours(decoded - images)
-        error = (_weights(images) * (difference.abs() + difference.square())).mean()
-        error = error + 2 * F.avg_pool2d(difference, 4).abs().mean()
         divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=(1, 2, 3)).mean()
-        return error + _KL_WEIGHT * divergence
+        return _error(decoded, images) + _KL_WEIGHT * divergence
 
     train_stage("autoencoder", autoencoder, loss_of, config, folder, seed)
     return autoencoder
+
+
+def refine_decoder(
+    autoencoder: AutoencoderKL, bank: SceneBank, config: StageConfig, folder: Path, seed: int
+) -> None:
+    """Train the decoder on, on whole pictures and slightly noisy latents; the latents do not change."""
+    device = next(autoencoder.parameters()).device
+    decoder = nn.Sequential(autoencoder.post_quant_conv, autoencoder.decoder)
+
+    def loss_of(draws: Draws) -> Tensor:
+        indices = indices_of(draws.step, len(bank), config.num_examples_per_step, seed)
+        images = to_signed(bank.images[indices], device)
+        with torch.autocast(device.type, torch.bfloat16):
+            with torch.no_grad():
+                latents = autoencoder.encode(images).latent_dist.mode()
+                noise = torch.randn(latents.shape, generator=draws.torch).to(device)
+            decoded = decoder(latents + _LATENT_NOISE * noise).float()
+        return _error(decoded, images)
+
+    train_stage("decoder", decoder, loss_of, config, folder, seed)
+
+
+def _error(decoded: Tensor, images: Tensor) -> Tensor:
+    difference = _opponent_colours(decoded - images)
+    error = (_weights(images) * (difference.abs() + difference.square())).mean()
+    return error + 2 * F.avg_pool2d(difference, 4).abs().mean()
 
 
 def _crop(images: NDArray[np.uint8], draws: Draws, num_steps: int) -> NDArray[np.uint8]:
@@ -94,7 +118,7 @@ def to_signed(images: NDArray[np.uint8], device: torch.device) -> Tensor:
 def standardise_latents(autoencoder: AutoencoderKL, bank: SceneBank) -> None:
     """Give each latent channel mean 0 and variance 1, by the two 1 x 1 convolutions beside the latents.
 
-    The reconstruction stays the same. Stable Diffusion's pipelines know a scaling factor (now 1), but no shift.
+    The reconstruction stays the same. Stable Diffusion's pipelines know a scaling factor (now 1), no shift.
     """
     device = next(autoencoder.parameters()).device
     means = [

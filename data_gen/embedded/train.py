@@ -1,7 +1,7 @@
 """Train the embedded generator from nothing: `python -m data_gen.embedded.train`.
 
-Scenes are rendered; the autoencoder, the text encoder and the denoiser are trained in that order, each as a
-stage that resumes; the whole is written as a `StableDiffusionPipeline` folder. Nothing is read but the code.
+Scenes are rendered; the autoencoder, the text encoder, the denoiser and, once more, the decoder are trained,
+each as a stage that resumes; the whole is written as a `StableDiffusionPipeline` folder. It reads no data.
 """
 
 import json
@@ -18,7 +18,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from jsonargparse import auto_cli
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from data_gen.embedded.autoencoder import encode_bank, standardise_latents, train_autoencoder
+from data_gen.embedded.autoencoder import encode_bank, refine_decoder, standardise_latents, train_autoencoder
 from data_gen.embedded.denoiser import LatentBank, build_scheduler, train_denoiser
 from data_gen.embedded.examples import build_bank
 from data_gen.embedded.text import build_tokenizer, measure_reading, train_text_encoder
@@ -26,7 +26,8 @@ from data_gen.embedded.training import StageConfig
 
 AUTOENCODER = StageConfig(6000, 16, 5e-4, num_warmup_steps=100, decay_fraction=0.7)
 TEXT_ENCODER = StageConfig(1500, 64, 1e-3, num_warmup_steps=100, decay_fraction=0.5)
-DENOISER = StageConfig(9000, 64, 1e-3, num_warmup_steps=300, decay_fraction=0.3, ema_decay=0.9995)
+DECODER = StageConfig(2000, 8, 5e-4, num_warmup_steps=100, decay_fraction=0.7)
+DENOISER = StageConfig(6500, 64, 1e-3, num_warmup_steps=300, decay_fraction=0.3, ema_decay=0.9995)
 
 
 def train(
@@ -35,6 +36,7 @@ def train(
     autoencoder: StageConfig = AUTOENCODER,
     text_encoder: StageConfig = TEXT_ENCODER,
     denoiser: StageConfig = DENOISER,
+    decoder: StageConfig = DECODER,
     seed: int = 0,
     device: str = "auto",
     num_threads: int | None = None,
@@ -48,6 +50,7 @@ def train(
         autoencoder: Training of the autoencoder.
         text_encoder: Training of the text encoder.
         denoiser: Training of the UNet.
+        decoder: Further training of the autoencoder's decoder alone.
         seed: Of everything drawn.
         device: Torch device; "auto" is the accelerator where there is one.
         num_threads: CPU threads of torch and processes that render; null is one a core.
@@ -58,7 +61,12 @@ def train(
         torch.set_num_threads(num_threads)
     chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     scenes = build_bank(output, num_scenes, seed, num_threads or os.cpu_count() or 1)
-    stages = {"autoencoder": autoencoder, "text_encoder": text_encoder, "denoiser": denoiser}
+    stages = {
+        "autoencoder": autoencoder,
+        "text_encoder": text_encoder,
+        "denoiser": denoiser,
+        "decoder": decoder,
+    }
     record: dict[str, Any] = {name: asdict(config) for name, config in stages.items()}
     record |= {"num_scenes": num_scenes, "seed": seed, "device": chosen.type, "torch": torch.__version__}
     (output / "training.json").write_text(json.dumps(record, indent=2) + "\n")
@@ -72,6 +80,7 @@ def train(
     bank = LatentBank(means, scenes)
     encoder = reader.text_encoder.requires_grad_(False)
     unet = train_denoiser(bank, encoder, tokenizer, denoiser, output, seed, compiled)
+    refine_decoder(vae, scenes, decoder, output, seed)
     write_pipeline(output / "pipeline", vae, encoder, tokenizer, unet)
     print(f"{output / 'pipeline'} is complete, {(time.time() - started) / 60:.0f} minutes after this start")
 

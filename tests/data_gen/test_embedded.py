@@ -220,6 +220,7 @@ def test_training_writes_a_pipeline_that_the_generator_loads(
         autoencoder=few,
         text_encoder=few,
         denoiser=few,
+        decoder=few,
         device="cpu",
         num_threads=1,
         compiled=False,
