@@ -157,7 +157,7 @@ def _plan_evaluate(name: str, trained: str, root: Path, budget: Budget, seed: in
         "linear.num_images_per_batch": 256,
         "seed": seed,
     }
-    titles = {"stablerep": "StableRep", "simclr": "SimCLR", "random": "the same network before any training"}
+    titles = {"stablerep": "StableRep", "simclr": "SimCLR", "random": "the same architecture, untrained"}
     flags = ("--random_init",) if name == "random" else ()
     num_images = budget.num_train_scenes * (1 + budget.num_probe_views) + budget.num_test_scenes
     return Step(
