@@ -56,8 +56,8 @@ def test_shards_that_webdataset_wrote_are_read(tmp_path: Path, encode_image: Enc
             for key, (image, label) in images.items():
                 writer.write({"__key__": key, "png": image, "cls": label})
     dataset = read_labelled_set(tmp_path)
-    for split in (dataset.train, dataset.test):
-        assert [(image.read_bytes(), image.label) for image in split] == list(images.values())
+    for found in (dataset.train, dataset.test):
+        assert [(image.read_bytes(), image.label) for image in found] == list(images.values())
 
 
 def test_classes_txt_names_the_labels_of_shards(shards: Path) -> None:
