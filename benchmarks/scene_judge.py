@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torchvision.transforms.functional import gaussian_blur
 from tqdm import tqdm
 
 from data_gen.scene_rendering import render
@@ -129,14 +130,22 @@ def _train(judge: SceneJudge) -> dict[str, Tensor]:
     for _ in tqdm(range(_NUM_EPOCHS), "judge"):
         order = torch.randperm(NUM_TRAIN)
         for rows in order[: num_steps // _NUM_EPOCHS * _NUM_PER_STEP].view(-1, _NUM_PER_STEP):
-            logits = judge(_to_signed(images[rows.numpy()]))
-            loss = sum(F.cross_entropy(some, targets[rows, i]) for i, some in enumerate(logits))
-            assert isinstance(loss, Tensor)
-            loss.backward()
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = judge(_soften(_to_signed(images[rows.numpy()])))
+            losses = [F.cross_entropy(some.float(), targets[rows, i]) for i, some in enumerate(logits)]
+            torch.stack(losses).sum().backward()
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
     return judge.state_dict()
+
+
+def _soften(images: Tensor) -> Tensor:
+    """Blur half of the batches a little: the judge is to name what is shown, however sharp it is."""
+    if torch.rand(()) < 0.5:
+        return images
+    sigma = 0.3 + 0.7 * torch.rand(()).item()
+    return gaussian_blur(images, [5, 5], [sigma, sigma])
 
 
 def _to_signed(images: NDArray[np.uint8]) -> Tensor:
