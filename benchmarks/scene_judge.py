@@ -18,7 +18,7 @@ from torchvision.transforms.functional import gaussian_blur
 from tqdm import tqdm
 
 from data_gen.scene_rendering import render
-from data_gen.scenes import CATEGORIES, Scene, sample_scene, scene_rng
+from data_gen.scenes import CATEGORIES, Scene, attributes_of, sample_scene, scene_rng
 
 FOLDER = Path("runs/scene_judge")
 NUM_TRAIN, NUM_TEST = 40_000, 4_000
@@ -81,8 +81,7 @@ def judge_images(judge: SceneJudge, images: NDArray[np.uint8]) -> dict[str, NDAr
 
 def labels_of(scene: Scene) -> list[int]:
     """Class index of each attribute of a one-object scene."""
-    values = {"background": scene.background} | vars(scene.objects[0])
-    return [values_of.index(values[name]) for name, values_of in CATEGORIES.items()]
+    return [CATEGORIES[name].index(value) for name, value in attributes_of(scene).items()]
 
 
 def render_labelled(stream: str, num_scenes: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

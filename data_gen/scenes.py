@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -191,6 +192,18 @@ def describe(scene: Scene, rng: np.random.Generator) -> Description:
     return Description(_choose_from(rng, _PREFIXES) + text, mentions, background, relation)
 
 
+def attributes_of(scene: Scene) -> dict[str, str]:
+    """The value of each attribute of a scene with one object, keyed and ordered as `CATEGORIES`.
+
+    Raises:
+        ValueError: The scene has more objects.
+    """
+    if len(scene.objects) != 1:
+        raise ValueError(f"scene must have 1 object, got {len(scene.objects)}")
+    values = {**vars(scene.objects[0]), "background": scene.background}
+    return {name: values[name] for name in CATEGORIES}
+
+
 def sample_captions(num_captions: int, seed: int) -> list[str]:
     """Draw distinct captions from the grammar, of scenes with one to three objects.
 
@@ -214,10 +227,12 @@ def sample_captions(num_captions: int, seed: int) -> list[str]:
 
 @dataclass(frozen=True)
 class ScenesConfig:
-    """Write rendered scenes with shape labels (an image folder), captions from the grammar, or both."""
+    """Write rendered scenes with labels (an image folder), captions from the grammar, or both."""
 
     output: str | None = None
-    """Folder for the images: train/<shape>/*.png and test/<shape>/*.png, one object each."""
+    """Folder for the images: train/<label>/*.png and test/<label>/*.png, one object each."""
+    label_by: Literal["shape", "colour", "size", "fill", "background"] = "shape"
+    """The attribute that is the label."""
     num_train: int = 2000
     """Number of training images."""
     num_test: int = 1000
@@ -278,7 +293,7 @@ def _write_images(config: ScenesConfig, root: Path) -> None:
     for split, index in tqdm(splits, desc="render", unit="image"):
         rng = scene_rng(config.seed, split, index)
         scene = sample_scene(rng, num_objects=1)
-        folder = root / split / scene.objects[0].shape
+        folder = root / split / attributes_of(scene)[config.label_by]
         folder.mkdir(parents=True, exist_ok=True)
         render_image(scene, rng, config.image_size).save(folder / f"{index:06d}.png")
     print(f"{config.num_train} training and {config.num_test} test images in {root}")

@@ -55,8 +55,9 @@ def _draw_scores(
     draw: ImageDraw.ImageDraw, results: dict[str, Any], protocol: str, left: int, top: int, width: int
 ) -> None:
     """Bars from 0 to 100 % with their intervals; the axis' zero is where the bars begin."""
-    num_test = results["budget"]["num_test_scenes"]
-    title = f"{PROTOCOL_TITLES[protocol]}: shapes of {num_test:,} rendered test pictures, %"
+    budget = results["budget"]
+    what = f"{budget['label_by']} of {budget['num_test_scenes']:,} rendered test pictures"
+    title = f"{PROTOCOL_TITLES[protocol]}: {what}, %"
     draw.text((left, top), write_as_heading(title), fill=_SOFT, font=_font(17))
     zero, scale = left + 168, (width - 168 - 70) / 1.0
     for index, (run, name) in enumerate(RUN_TITLES.items()):

@@ -87,6 +87,7 @@ def _plan_scenes(root: Path, budget: Budget, seed: int) -> Step:
         "captions": root / "captions.txt",
         "num_captions": budget.num_captions,
         "output": root / "scenes",
+        "label_by": budget.label_by,
         "num_train": budget.num_train_scenes,
         "num_test": budget.num_test_scenes,
         "seed": seed,

@@ -18,6 +18,7 @@ from data_gen.scenes import (
     SIZES,
     Mention,
     Scene,
+    attributes_of,
     describe,
     sample_captions,
     sample_scene,
@@ -212,6 +213,22 @@ def test_the_verb_writes_an_image_folder_and_captions(tmp_path: Path) -> None:
         paths = sorted((images / split).rglob("*.png"), key=lambda path: path.name)
         scenes = [sample_scene(scene_rng(4, split, index), num_objects=1) for index in range(num_images)]
         assert [path.parent.name for path in paths] == [scene.objects[0].shape for scene in scenes]
+
+
+def test_the_label_is_the_attribute_that_was_asked_for(tmp_path: Path) -> None:
+    numbers = ("--num_train", 12, "--num_test", 1, "--image_size", 16)
+    assert run_scenes("--output", tmp_path / "images", "--label_by", "background", *numbers) == 0
+    paths = sorted((tmp_path / "images" / "train").rglob("*.png"), key=lambda path: path.name)
+    scenes = [sample_scene(scene_rng(0, "train", index), num_objects=1) for index in range(12)]
+    assert [path.parent.name for path in paths] == [scene.background for scene in scenes]
+
+
+def test_attributes_are_those_of_one_object() -> None:
+    scene = sample_scene(scene_rng(0, "any", 0), num_objects=1)
+    assert list(attributes_of(scene)) == list(CATEGORIES)
+    assert attributes_of(scene)["colour"] == scene.objects[0].colour
+    with pytest.raises(ValueError, match="scene must have 1 object, got 2"):
+        attributes_of(sample_scene(scene_rng(0, "any", 0), num_objects=2))
 
 
 def test_the_verb_writes_the_same_pixels_again(tmp_path: Path) -> None:
