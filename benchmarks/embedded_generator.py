@@ -19,7 +19,7 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -69,8 +69,9 @@ def measure(
     num_diversity_captions: int = 60,
     num_images_per_caption: int = 24,
     num_table_captions: int = 300,
-    num_table_diversity_captions: int = 24,
+    num_table_diversity_captions: int = 16,
     num_inference_steps: int = 20,
+    dtype: Literal["float32", "bfloat16"] = "float32",
     name: str = "embedded_generator",
 ) -> None:
     """Measure and print; see the module.
@@ -83,11 +84,12 @@ def measure(
         num_table_captions: Fidelity captions of each row of the table over guidance.
         num_table_diversity_captions: Diversity captions of each row.
         num_inference_steps: Denoising steps.
+        dtype: Precision of the generator.
         name: Name of the result files.
     """
     started = time.time()
     judge, judge_accuracies = load_judge()
-    bench = _Bench(judge, model, num_inference_steps)
+    bench = _Bench(judge, model, num_inference_steps, dtype)
     trained_on = _training_captions(bench.files.folder.parent / "training.json")
     seen = draw_descriptions("held-out-captions", num_captions, trained_on, exclude=HELD_OUT_COMBINATIONS)
     unseen = [
@@ -120,6 +122,7 @@ def measure(
         "model": model,
         "identity": bench.files.identity,
         "num_inference_steps": num_inference_steps,
+        "dtype": dtype,
         "num_diversity_captions": len(open_ended),
         "num_images_per_caption": num_images_per_caption,
         "machine": platform.processor() or platform.machine(),
@@ -137,9 +140,11 @@ def measure(
 class _Bench:
     """One loaded generator, asked at several guidance scales."""
 
-    def __init__(self, judge: SceneJudge, model: str, num_inference_steps: int) -> None:
+    def __init__(
+        self, judge: SceneJudge, model: str, num_inference_steps: int, dtype: Literal["float32", "bfloat16"]
+    ) -> None:
         self.judge = judge
-        config = GeneratorConfig(model=model, num_inference_steps=num_inference_steps)
+        config = GeneratorConfig(model=model, num_inference_steps=num_inference_steps, dtype=dtype)
         files = find_model(config)
         self.files = files
         self.generator = DiffusionGenerator(config, files, num_images_per_batch=32)
@@ -274,7 +279,7 @@ def build_table(result: dict[str, Any]) -> str:
     settings = result["settings"]
     lines = [
         f"Model {settings['identity'][:23]}…, {settings['num_inference_steps']} steps, "
-        f"guidance 2 unless said; intervals: Wilson's, 95 %; {settings['seconds_per_image']} s an image.",
+        f"{settings['dtype']}, guidance 2 unless said; intervals: Wilson's, 95 %; {settings['seconds_per_image']} s an image.",
         "",
         "| attribute | judge on renderings | unseen captions | unseen pairs | entropy kept |",
         "|---|---|---|---|---|",

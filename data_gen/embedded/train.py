@@ -27,7 +27,7 @@ from data_gen.embedded.training import StageConfig
 AUTOENCODER = StageConfig(6000, 16, 5e-4, num_warmup_steps=100, decay_fraction=0.7)
 TEXT_ENCODER = StageConfig(1500, 64, 1e-3, num_warmup_steps=100, decay_fraction=0.5)
 DECODER = StageConfig(2000, 8, 5e-4, num_warmup_steps=100, decay_fraction=0.7)
-DENOISER = StageConfig(14_000, 64, 1e-3, num_warmup_steps=300, decay_fraction=0.3, ema_decay=0.9995)
+DENOISER = StageConfig(12_000, 64, 1e-3, num_warmup_steps=300, decay_fraction=0.3, ema_decay=0.9995)
 
 
 def train(
@@ -54,7 +54,7 @@ def train(
         seed: Of everything drawn.
         device: Torch device; "auto" is the accelerator where there is one.
         num_threads: CPU threads of torch and processes that render; null is one a core.
-        compiled: Compile the UNet (needs a C++ compiler; two minutes, then nearly twice as fast on CPUs).
+        compiled: Compile the UNet; needs a C++ compiler and a minute or two.
     """
     started = time.time()
     if num_threads is not None:

@@ -109,6 +109,7 @@ def _plan_generate(root: Path, budget: Budget, model: str, seed: int) -> Step:
         "generator.model": model,
         "generator.num_inference_steps": budget.num_inference_steps,
         "generator.guidance_scale": f"{budget.guidance_scale:g}",
+        "generator.dtype": budget.dtype,
         "num_images_per_caption": budget.num_images_per_caption,
         "num_captions_per_shard": 64,
         "seed": seed,
@@ -119,7 +120,7 @@ def _plan_generate(root: Path, budget: Budget, model: str, seed: int) -> Step:
         args=("generate", *_to_words(options)),
         outputs=(root / "shards",),
         inputs=("scenes",),
-        expected_seconds=8 + 0.006 * budget.num_images * budget.num_inference_steps,
+        expected_seconds=8 + 0.007 * budget.num_images * budget.num_inference_steps,
         can_continue=True,
         salt=identify_model(model),
     )
