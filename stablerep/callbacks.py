@@ -8,7 +8,6 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import find_classes
@@ -17,6 +16,7 @@ from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, res
 from stablerep import distributed
 from stablerep.augment import normalize
 from stablerep.evaluation.knn import knn_classify
+from stablerep.evaluation.labelled import decode_image
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +42,8 @@ def read_labelled_images(
     chosen = np.sort(np.random.default_rng(seed).permutation(len(samples))[:num_images])
     images = []
     for index in chosen:
-        with Image.open(samples[index][0]) as file:
-            image = pil_to_tensor(file.convert("RGB"))
+        path = samples[index][0]
+        image = pil_to_tensor(decode_image(Path(path).read_bytes(), path))
         images.append(center_crop(resize(image, [image_size], antialias=True), [image_size, image_size]))
     return torch.stack(images), torch.tensor([samples[index][1] for index in chosen])
 
@@ -55,7 +55,8 @@ class OnlineKNN(pl.Callback):
 
     Args:
         data: Folder with `train/<class>/*` and `test/<class>/*`.
-        every_n_steps: Optimizer steps between measurements; the last step is always measured.
+        every_n_steps: Optimizer steps between measurements, >= 1; weights that no step has changed and those
+            of the last step are always measured.
         k: Neighbours that vote.
         temperature: Temperature of the votes' weights.
         num_train_images: Labelled images that vote, at most.
@@ -73,8 +74,17 @@ class OnlineKNN(pl.Callback):
         num_test_images: int = 1000,
         num_images_per_batch: int = 250,
     ) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps must be >= 1, got {every_n_steps}")
+        for name, value in [
+            ("every_n_steps", every_n_steps),
+            ("k", k),
+            ("num_train_images", num_train_images),
+            ("num_test_images", num_test_images),
+            ("num_images_per_batch", num_images_per_batch),
+        ]:
+            if value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
+        if not temperature > 0:
+            raise ValueError(f"temperature must be > 0, got {temperature}")
         self.data = data
         self.every_n_steps = every_n_steps
         self.k = k
@@ -83,22 +93,40 @@ class OnlineKNN(pl.Callback):
         self.num_images_per_batch = num_images_per_batch
         self._images: dict[str, tuple[Tensor, Tensor]] = {}
         self.num_seconds = 0.0
-        self._last_step = 0
+        self._last_step = -1
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Reads the images, so that a missing folder is known before the first step."""
-        backbone: Any = pl_module.backbone
+        """Reads the images, so that a missing folder is known before the first step.
+
+        Raises:
+            FileNotFoundError: If the images are missing; on the other ranks a ValueError says so.
+            ValueError: If they are unreadable or too few.
+        """
+        error: Exception | None = None
         if distributed.rank() == 0 and not self._images:
-            for split in self.num_images:
-                if not (folder := Path(self.data) / split).is_dir():
-                    raise FileNotFoundError(f"labelled images {folder} do not exist")
-            classes, _ = find_classes(str(Path(self.data) / "train"))
-            for split, num_images in self.num_images.items():
-                self._images[split] = read_labelled_images(
-                    Path(self.data) / split, classes, backbone.image_size, num_images, seed=0
-                )
-            if self.k > (num_train := len(self._images["train"][1])):
-                raise ValueError(f"k must be <= {num_train}, the images of {self.data}/train, got {self.k}")
+            try:
+                self._read_images(pl_module)
+            except (ValueError, OSError) as caught:
+                error = caught
+        distributed.raise_together(error)
+
+    def _read_images(self, pl_module: pl.LightningModule) -> None:
+        backbone: Any = pl_module.backbone
+        for split in self.num_images:
+            if not (folder := Path(self.data) / split).is_dir():
+                raise FileNotFoundError(f"labelled images {folder} do not exist")
+        classes, _ = find_classes(str(Path(self.data) / "train"))
+        for split, num_images in self.num_images.items():
+            self._images[split] = read_labelled_images(
+                Path(self.data) / split, classes, backbone.image_size, num_images, seed=0
+            )
+        if self.k > (num_train := len(self._images["train"][1])):
+            raise ValueError(f"k must be <= {num_train}, the images of {self.data}/train, got {self.k}")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measures the weights as they were drawn: what training is to be compared with."""
+        if trainer.global_step == 0:
+            self._measure(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

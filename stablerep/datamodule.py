@@ -88,6 +88,11 @@ class MultiPositiveDataModule(pl.LightningDataModule):
         manifest, shards = read_manifest(self.root), list_complete_shards(self.root)
         if not shards:
             raise ValueError(f"{self.root} holds no complete shard (of {manifest.num_shards} planned)")
+        if len(shards) < manifest.num_shards:
+            logger.warning(
+                "%s: %d of %d planned shards are not complete and are left out",
+                *(self.root, manifest.num_shards - len(shards), manifest.num_shards),
+            )
         if self.views.num_images > manifest.num_images_per_caption:
             raise ValueError(
                 f"num_views_per_caption must be <= {manifest.num_images_per_caption}, the images of each "
@@ -131,9 +136,10 @@ class MultiPositiveDataModule(pl.LightningDataModule):
         )
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Raises the error that a worker met."""
-        if "error" in batch:
-            raise ValueError(batch["error"])
+        """Raises, on all ranks, the error that a worker of any rank met."""
+        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        if distributed.is_true_on_any_rank("error" in batch, device):
+            distributed.raise_together(ValueError(batch["error"]) if "error" in batch else None)
         return batch
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:

@@ -89,3 +89,25 @@ def all_gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def is_true_on_any_rank(value: bool, device: torch.device) -> bool:
+    """Whether it is, by one small sum over the ranks; `device` is where the group's tensors live."""
+    if not is_distributed():
+        return value
+    count = torch.tensor(int(value), device=device)
+    dist.all_reduce(count)
+    return bool(count)
+
+
+def raise_together(error: Exception | None) -> None:
+    """Raises this rank's error, or else another rank's as a ValueError; does nothing where no rank has one.
+
+    A rank that stops alone leaves the others in a collective, until they are killed or time out.
+    """
+    messages = all_gather_objects(None if error is None else str(error))
+    if error is not None:
+        raise error
+    for message in messages:
+        if message is not None:
+            raise ValueError(message)

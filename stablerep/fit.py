@@ -9,6 +9,7 @@ Each run has a folder of its own: `--output`, or when that holds a run, the same
 
 import logging
 import os
+import signal
 import sys
 import warnings
 from datetime import timedelta
@@ -112,9 +113,16 @@ class FitCLI(LightningCLI):
 
     def fit(self) -> None:
         """Trains, then saves the last weights."""
-        self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.ckpt_path, weights_only=True)
-        if self.trainer.interrupted:
-            raise KeyboardInterrupt
+        on_interrupt = signal.getsignal(signal.SIGINT)
+        try:
+            self.trainer.fit(
+                self.model, datamodule=self.datamodule, ckpt_path=self.ckpt_path, weights_only=True
+            )
+        except SystemExit as end:  # what Lightning makes of Ctrl-C, which it then ignores
+            if not self.trainer.interrupted:
+                raise
+            signal.signal(signal.SIGINT, on_interrupt)
+            raise KeyboardInterrupt from end
         if self.trainer.checkpoint_callback:
             self.trainer.save_checkpoint(self.run_folder / LAST_CHECKPOINT, weights_only=False)
             if self.trainer.is_global_zero:

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class NonFiniteLossError(ValueError):
-    """The loss is NaN or infinite: no optimizer step is taken with it."""
+    """The loss or its gradient is NaN or infinite: no optimizer step is taken with it."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,21 @@ class StableRep(pl.LightningModule):
         self._log_step(batch, result.loss, embeddings, labels, int(result.num_anchors_without_positive))
         return result.loss
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Looks at the gradient, which the ranks share by now.
+
+        Raises:
+            NonFiniteLossError: Before the optimizer steps. The scaler of fp16 skips such steps by itself.
+        """
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            return
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+        if not torch.isfinite(norm):
+            raise NonFiniteLossError(
+                f"gradient norm is {norm.item()} at step {self.global_step} with learning rate "
+                f"{self._learning_rate():.3g}: training stops before the weights are changed"
+            )
+
     def _log_step(
         self, batch: Batch, loss: Tensor, embeddings: Tensor, labels: Tensor, num_without_positive: int
     ) -> None:
@@ -180,6 +195,11 @@ class StableRep(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW over two groups, and the schedule by step."""
+        if (num_batches := self.trainer.accumulate_grad_batches) != 1:
+            raise ValueError(
+                "trainer.accumulate_grad_batches must be 1, as the loss compares all images of a step, got "
+                f"{num_batches}"
+            )
         config, num_steps = self.optimizer_config, self._num_steps()
         num_ranks = distributed.world_size()
         num_images = self.num_captions_per_rank * num_ranks * self.num_views_per_caption
@@ -211,13 +231,19 @@ class StableRep(pl.LightningModule):
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         if datamodule is None or not self.trainer.max_epochs or self.trainer.max_epochs < 0:
             raise ValueError("trainer.max_steps or trainer.max_epochs must be set: the schedule ends there")
+        if self.trainer.limit_train_batches != 1.0:
+            raise ValueError(
+                "trainer.limit_train_batches needs trainer.max_steps, where the schedule ends, got "
+                f"{self.trainer.limit_train_batches}"
+            )
         return int(self.trainer.max_epochs * datamodule.num_steps_per_epoch)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses, before anything is loaded, the weights of another architecture.
+        """Refuses, before anything is loaded, another architecture, and options that would have no effect.
 
         Raises:
-            ValueError: If a weight is missing, unknown or of another shape; names the first.
+            ValueError: If a weight is missing, unknown or of another shape, or an option of the optimizer is
+                not that of the checkpoint, whose optimizer goes on; names the first.
         """
         theirs = {name: list(value.shape) for name, value in checkpoint["state_dict"].items()}
         ours = {name: list(value.shape) for name, value in self.state_dict().items()}
@@ -226,6 +252,13 @@ class StableRep(pl.LightningModule):
                 raise ValueError(
                     f"checkpoint {self.trainer.ckpt_path} does not fit the configured model: {name} is "
                     f"{theirs.get(name, 'missing')} there and {ours.get(name, 'missing')} here"
+                )
+        before, now = checkpoint["hyper_parameters"]["optimizer"], self.hparams["optimizer"]
+        for name in ("base_learning_rate", "learning_rate", "weight_decay", "betas"):
+            if before[name] != now[name]:
+                raise ValueError(
+                    f"model.optimizer.{name} is {before[name]} in checkpoint {self.trainer.ckpt_path}, whose "
+                    f"optimizer goes on, and {now[name]} here"
                 )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """Shards to batches: a global order that depends on (seed, epoch) alone, shared out by construction.
 
-    order     the epoch's shards, shuffled, laid end to end: captions 0 … T − 1
+    order     the epoch's shards, shuffled, laid end to end in a ring and cut anywhere: captions 0 … T − 1
     steps     S = T // (R · B) for R ranks and B captions a rank and step, the same for every rank
     share     a rank takes S · B consecutive captions, a worker a run of whole batches among them
     shuffle   within a window of the share
@@ -78,9 +78,15 @@ class Piece:
 
 
 def plan_epoch(shards: list[Shard], seed: int, epoch: int) -> list[Piece]:
-    """The epoch's global order: every complete shard once, in an order drawn from (seed, epoch)."""
-    order = np.random.default_rng([seed, epoch]).permutation(len(shards))
-    return [Piece(shards[i], 0, shards[i].num_samples) for i in order]
+    """The epoch's global order, drawn from (seed, epoch): every caption once.
+
+    It begins anywhere, so that what is left over at its end is left over by chance, with one shard too.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    pieces = [Piece(shards[i], 0, shards[i].num_samples) for i in rng.permutation(len(shards))]
+    num_captions = sum(shard.num_samples for shard in shards)
+    start = int(rng.integers(num_captions))
+    return take_pieces(pieces, start, num_captions) + take_pieces(pieces, 0, start)
 
 
 def take_pieces(pieces: Iterable[Piece], start: int, stop: int) -> list[Piece]:

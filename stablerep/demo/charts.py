@@ -40,7 +40,7 @@ class Line:
 
 @dataclass(frozen=True)
 class LineChart:
-    """A line chart of WIDTH x HEIGHT, with an optional horizontal reference (a Line of two points)."""
+    """A line chart of WIDTH x HEIGHT."""
 
     lines: tuple[Line, ...]
     x_ticks: tuple[Tick, ...]
@@ -80,7 +80,6 @@ def build_line_chart(
     x_title: str,
     y_title: str,
     percent: bool,
-    reference: tuple[str, str, float] | None = None,
 ) -> LineChart:
     """Places lines in a chart.
 
@@ -89,14 +88,9 @@ def build_line_chart(
         x_title: Name of the horizontal axis.
         y_title: Name of the vertical axis.
         percent: Write y as per cent.
-        reference: Key, title and height of a horizontal line.
     """
-    drawn = dict(series)
-    x_max = max((x for _, points in drawn.values() for x, _ in points), default=1.0)
-    if reference is not None:
-        key, title, height = reference
-        drawn[key] = (title, [(0.0, height), (x_max, height)])
-    values = [y for _, points in drawn.values() for _, y in points] or [0.0, 1.0]
+    x_max = max((x for _, points in series.values() for x, _ in points), default=1.0)
+    values = [y for _, points in series.values() for _, y in points] or [0.0, 1.0]
     y_ticks = choose_ticks(min(values), max(values), 5)
     low, high = y_ticks[0], y_ticks[-1]
 
@@ -114,10 +108,10 @@ def build_line_chart(
             (place_x(points[-1][0]), place_y(points[-1][1])),
             0.0,
         )
-        for key, (title, points) in drawn.items()
+        for key, (title, points) in series.items()
         if points
     ]
-    ends = {line.key: f"{line.title} ends at {_write(drawn[line.key][1][-1][1], percent)}" for line in lines}
+    ends = {line.key: f"{line.title} ends at {_write(series[line.key][1][-1][1], percent)}" for line in lines}
     return LineChart(
         lines=tuple(_spread_labels(lines)),
         x_ticks=tuple(Tick(place_x(x), f"{x:g}") for x in choose_ticks(0, x_max, 5) if x <= x_max),

@@ -87,7 +87,6 @@ def _line_charts(results: dict[str, Any]) -> dict[str, charts.LineChart]:
             x_title="optimizer step",
             y_title="accuracy, %",
             percent=True,
-            reference=("random", "untrained", results["scores"]["random"]["knn20"]["value"]),
         ),
     }
 

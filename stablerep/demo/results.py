@@ -19,6 +19,8 @@ RUN_TITLES = {"stablerep": "StableRep", "simclr": "SimCLR", "random": "random in
 PROTOCOL_TITLES = {"linear_heldout": "linear probe", "knn20": "k-NN"}
 """The scores on which the claim rests: the probe's settings are chosen without the test images."""
 NUM_GRID_CAPTIONS = 8
+_STEPS_BEFORE = {"loss": 1, "knn_top1": 0}
+"""Steps taken at entry 0 of the log: a loss is of a step counted from 0, k-NN is of the weights after it."""
 _MAX_GRID_CAPTION_CHARACTERS = 60
 _NUM_CAPTIONS_TO_CHOOSE_FROM = 256
 
@@ -74,7 +76,7 @@ def collect_results(
     differences = compare_all(root / "evaluation")
     return {
         "schema_version": 1,
-        "claim": judge(differences),
+        "claim": judge(differences, budget.label_by),
         "scores": scores,
         "differences": [asdict(difference) | {"holds": difference.holds} for difference in differences],
         "curves": {run: read_curves(root / run / "metrics.csv") for run in ("stablerep", "simclr")},
@@ -97,11 +99,20 @@ def compare_all(folder: Path) -> list[Difference]:
     return found
 
 
-def judge(differences: Sequence[Difference]) -> dict[str, Any]:
-    """Whether StableRep > SimCLR > random initialisation, by more than the interval, under every protocol."""
+def judge(differences: Sequence[Difference], label_by: str) -> dict[str, Any]:
+    """Whether StableRep > SimCLR > random initialisation, by more than the interval, under every protocol.
+
+    Args:
+        differences: From `compare_all`.
+        label_by: The attribute that the scores are about.
+    """
     failed = [difference for difference in differences if not difference.holds]
     if failed:
-        text = "The claim does not hold in this run: " + "; ".join(map(_explain_failure, failed)) + "."
+        text = (
+            f"The claim (at naming the {label_by}) does not hold in this run: "
+            + "; ".join(map(_explain_failure, failed))
+            + "."
+        )
     else:
         parts = [
             f"{RUN_TITLES[difference.above]} is {_points(difference.difference)} points above "
@@ -109,23 +120,23 @@ def judge(differences: Sequence[Difference]) -> dict[str, Any]:
             f"by {PROTOCOL_TITLES[difference.protocol]}"
             for difference in differences
         ]
-        text = "The claim holds: " + "; ".join(parts) + "."
+        text = f"The claim holds: at naming the {label_by}, " + "; ".join(parts) + "."
     return {
         "holds": not failed,
-        "statement": "StableRep > SimCLR > random initialisation, each by more than the 95 % interval of the "
-        "paired difference, under the linear probe and under k-NN",
+        "statement": f"At naming the {label_by}: StableRep > SimCLR > random initialisation, each by more "
+        "than the 95 % interval of the paired difference, under the linear probe and under k-NN",
         "verdict": text,
     }
 
 
 def read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """`loss` and `knn_top1` over optimizer steps, from the log of a training."""
+    """`loss` and `knn_top1` over the number of optimizer steps taken, from the log of a training."""
     curves: dict[str, list[tuple[int, float]]] = {"loss": [], "knn_top1": []}
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             for name, points in curves.items():
                 if row.get(name):
-                    points.append((int(row["step"]) + 1, float(row[name])))  # the log counts from 0
+                    points.append((int(row["step"]) + _STEPS_BEFORE[name], float(row[name])))
     return curves
 
 

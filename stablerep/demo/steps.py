@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from stablerep.arguments import locate_configs
 from stablerep.demo.budget import Budget
 
 CONFIG = "configs/embedded.yaml"
@@ -146,6 +147,7 @@ def _plan_fit(
         outputs=(root / name,),
         inputs=("scenes", "generate"),
         expected_seconds=10 + budget.num_steps * budget.num_images_per_step / 250,
+        salt=identify_config(CONFIG),
     )
 
 
@@ -174,6 +176,12 @@ def _plan_evaluate(name: str, trained: str, root: Path, budget: Budget, seed: in
 
 def _to_words(options: Mapping[str, object]) -> list[str]:
     return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+def identify_config(name: str) -> str:
+    """Digest of a config file's content, of the one that `fit` would read."""
+    (path,) = locate_configs([name])
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def identify_model(model: str) -> str:

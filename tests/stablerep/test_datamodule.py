@@ -12,6 +12,7 @@ from data_gen.shards import list_complete_shards
 from stablerep.augment import AugmentationConfig
 from stablerep.datamodule import MultiPositiveDataModule
 from stablerep.stream import (
+    Piece,
     ShardStream,
     ViewConfig,
     draw_views,
@@ -112,9 +113,22 @@ def test_incomplete_last_step_is_left_out(tmp_path: Path) -> None:
     assert set(captions) < set(expected)
 
 
+def test_no_caption_is_left_over_in_every_epoch(tmp_path: Path) -> None:
+    write_dataset(tmp_path, [11], num_images=2)
+    shards = list_complete_shards(tmp_path)
+    num_used = 8
+    seen = {
+        index
+        for epoch in range(20)
+        for piece in take_pieces(plan_epoch(shards, 0, epoch), 0, num_used)
+        for index in range(piece.start, piece.stop)
+    }
+    assert seen == set(range(11))
+
+
 def test_pieces_cut_across_shards(tmp_path: Path) -> None:
     write_dataset(tmp_path, [3, 3], num_images=2)
-    pieces = plan_epoch(list_complete_shards(tmp_path), seed=0, epoch=0)
+    pieces = [Piece(shard, 0, 3) for shard in list_complete_shards(tmp_path)]
     assert [(p.start, p.stop) for p in take_pieces(pieces, 2, 5)] == [(2, 3), (0, 2)]
     assert take_pieces(pieces, 6, 9) == []
 
@@ -219,10 +233,11 @@ def test_broken_shard_within_the_budget_is_left_out(tmp_path: Path, caplog: pyte
     assert data.num_steps_per_epoch == 3
 
 
-def test_unmarked_shard_is_not_read(tmp_path: Path) -> None:
+def test_unmarked_shard_is_left_out_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_dataset(tmp_path, [4, 4], num_images=2)
     (tmp_path / "00001_stats.json").unlink()
     assert build_data(tmp_path).num_steps_per_epoch == 1
+    assert "1 of 2 planned shards are not complete and are left out" in caplog.text
 
 
 def test_no_complete_shard_is_an_error(tmp_path: Path) -> None:

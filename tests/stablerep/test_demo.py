@@ -19,7 +19,7 @@ from stablerep.demo.picture import MAX_BYTES, draw_picture
 from stablerep.demo.report import build_report
 from stablerep.demo.results import PROTOCOL_TITLES, RUN_TITLES, GridRow, compare_all, judge, read_curves
 from stablerep.demo.runner import claim_folder, fingerprint_steps, read_last_line, run_steps
-from stablerep.demo.steps import Step, plan_steps
+from stablerep.demo.steps import CONFIG, Step, plan_steps
 from stablerep.evaluation.report import Score, read_results, write_report
 
 NUM_TEST = 400
@@ -47,7 +47,7 @@ def make_results(folder: Path, accuracies: Mapping[str, float]) -> dict[str, Any
     differences = compare_all(folder)
     steps = plan_steps(Path("demo"), QUICK, "embedded", 0)
     return {
-        "claim": judge(differences),
+        "claim": judge(differences, "colour"),
         "scores": {
             run: {score["name"]: score for score in read_results(folder / run)["results"]}
             for run in RUN_TITLES
@@ -83,9 +83,9 @@ def make_grid(caption: str = "a red circle on grass", num_captions: int = 8) -> 
 
 def test_claim_holds_when_every_difference_is_above_its_interval(tmp_path: Path) -> None:
     write_evaluations(tmp_path, HOLDS)
-    claim = judge(compare_all(tmp_path))
+    claim = judge(compare_all(tmp_path), "colour")
     assert claim["holds"]
-    assert claim["verdict"].startswith("The claim holds: ")
+    assert claim["verdict"].startswith("The claim holds: at naming the colour, ")
     assert "StableRep is 30.0 points above SimCLR" in claim["verdict"]
 
 
@@ -99,14 +99,14 @@ def test_claim_fails_when_one_difference_is_within_its_interval(tmp_path: Path) 
     ]
     names = [str(index) for index in range(NUM_TEST)]
     write_report(tmp_path / "stablerep", scores, names, {}, "made up")
-    claim = judge(compare_all(tmp_path))
+    claim = judge(compare_all(tmp_path), "colour")
     assert not claim["holds"]
     assert "by k-NN, StableRep is not clearly above SimCLR (0.2 points, " in claim["verdict"]
 
 
 def test_claim_says_below_when_the_order_is_turned_round(tmp_path: Path) -> None:
     write_evaluations(tmp_path, HOLDS | {"simclr": 0.1})
-    claim = judge(compare_all(tmp_path))
+    claim = judge(compare_all(tmp_path), "colour")
     assert not claim["holds"]
     assert "SimCLR is below random initialisation (−10.0 points" in claim["verdict"]
 
@@ -178,10 +178,10 @@ def test_names_of_lines_that_end_together_do_not_overlap() -> None:
     assert np.diff(places).min() >= 16
 
 
-def test_curves_count_steps_from_one_and_skip_empty_cells(tmp_path: Path) -> None:
+def test_curves_skip_empty_cells(tmp_path: Path) -> None:
     log = tmp_path / "metrics.csv"
-    log.write_text("knn_top1,loss,step\n,5.5,9\n0.25,,9\n,5.0,19\n")
-    assert read_curves(log) == {"loss": [(10, 5.5), (20, 5.0)], "knn_top1": [(10, 0.25)]}
+    log.write_text("knn_top1,loss,step\n0.125,,0\n,5.5,9\n0.25,,10\n,5.0,19\n")
+    assert read_curves(log) == {"loss": [(10, 5.5), (20, 5.0)], "knn_top1": [(0, 0.125), (10, 0.25)]}
 
 
 # --- the steps
@@ -290,6 +290,18 @@ def test_changed_model_changes_generation_and_what_follows(tmp_path: Path) -> No
     assert [name for name in before if before[name] == after[name]] == ["scenes"]
 
 
+def test_changed_config_file_changes_the_trainings_and_what_follows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("configs").mkdir()
+    found = []
+    for content in ("a: 1", "a: 2"):
+        Path(CONFIG).write_text(content)
+        found.append(fingerprint_steps(plan_steps(Path("demo"), QUICK, "embedded", 0)))
+    assert [name for name in found[0] if found[0][name] == found[1][name]] == ["scenes", "generate"]
+
+
 @pytest.mark.parametrize("budget", [FULL, QUICK])
 def test_both_trainings_see_as_many_images_and_differ_in_the_positives_alone(budget: Budget) -> None:
     def options(run: str) -> dict[str, str]:
@@ -341,7 +353,9 @@ def test_small_demo_runs_end_to_end_and_does_nothing_twice(
     assert results["claim"]["verdict"] in output.out
     assert "Epoch" not in output.out + output.err
     assert OUTSIDE.findall(page) == []
-    assert [len(points) for run in results["curves"].values() for points in run.values()] == [2, 2, 2, 2]
+    for run in results["curves"].values():  # both are of the trained weights at the end
+        assert [step for step, _ in run["loss"]] == [1, 2]
+        assert [step for step, _ in run["knn_top1"]] == [0, 1, 2]
     assert len((root / "picture.png").read_bytes()) <= MAX_BYTES
     for step in results["steps"]:
         assert step["done"]

@@ -1,5 +1,6 @@
 import csv
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ TIMEOUT_SECONDS = 240
 
 SMALL = [
     *("--data.num_captions_per_rank", "4"),
+    *("--data.image_size", "64"),
     *("--data.num_workers", "0"),
     *("--model.backbone_options", "{patch_size: 8, depth: 1, embed_dim: 16, num_heads: 2}"),
     *("--model.projection_hidden_features", "16"),
@@ -82,6 +84,36 @@ def test_second_run_has_its_own_folder_and_goes_on_from_the_first(folders: list[
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").read_bytes() == first
 
 
+def test_option_that_a_resumed_optimizer_would_ignore_is_refused(
+    folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit(*folders, *SMALL, "--trainer.max_steps", "1") == 0
+    changed = ["--model.optimizer.learning_rate", "0.5", "--ckpt_path", "last"]
+    assert fit(*folders, *SMALL, "--trainer.max_steps", "2", *changed) == 1
+    assert "model.optimizer.learning_rate is 0.001 in checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.e2e
+def test_interrupted_run_says_so(folders: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "stablerep.cli", "fit", "--config", str(CONFIGS / "embedded.yaml")]
+    with subprocess.Popen(
+        [*command, *folders, *SMALL, "--trainer.max_steps", "1000000", "--trainer.max_epochs", "-1"],
+        env=os.environ | {"PYTHONPATH": str(CONFIGS.parent), "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        try:
+            next(line for line in process.stderr if "step 0: k-NN" in line)
+            process.send_signal(signal.SIGINT)
+            lines = process.stderr.read().strip().splitlines()
+            assert process.wait(TIMEOUT_SECONDS) == 130
+        finally:
+            process.kill()
+    assert lines[-1] == "stablerep fit: interrupted"
+
+
 @pytest.mark.e2e
 def test_equal_seeds_give_equal_runs(folders: list[str], tmp_path: Path) -> None:
     for seed in ("0", "0", "1"):
@@ -114,17 +146,29 @@ def test_two_devices_train_from_the_command_line(folders: list[str], tmp_path: P
 
 @pytest.mark.e2e
 @pytest.mark.distributed
-def test_error_on_all_ranks_ends_them_with_one_line(folders: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--data.num_captions_per_rank", "40"], "holds 16 captions, fewer than the 2 ranks x"),
+        (["--trainer.callbacks.data", "nowhere"], "labelled images nowhere/train do not exist"),
+        (["--data.root", "corrupt"], "of 00000.tar cannot be decoded"),  # which one rank meets
+    ],
+)
+def test_error_ends_all_ranks_without_a_traceback(
+    args: list[str], message: str, folders: list[str], tmp_path: Path
+) -> None:
+    write_dataset(tmp_path / "corrupt", [8], num_images=4, size=64, corrupt={3})
     command = [sys.executable, "-m", "stablerep.cli", "fit", "--config", str(CONFIGS / "embedded.yaml")]
     result = subprocess.run(
-        [*command, *folders, *SMALL, "--trainer.devices", "2", "--data.num_captions_per_rank", "40"],
+        [*command, *folders, *SMALL, "--trainer.devices", "2", *args],
         env=os.environ | {"PYTHONPATH": str(CONFIGS.parent), "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=TIMEOUT_SECONDS,
     )
     assert result.returncode == 1
-    assert "holds 16 captions, fewer than the 2 ranks x num_captions_per_rank 40" in result.stderr
+    assert message in result.stderr
     assert "Traceback" not in result.stderr
 
 
@@ -141,6 +185,7 @@ def test_error_on_all_ranks_ends_them_with_one_line(folders: list[str], tmp_path
         (["--trainer.callbacks.data", "nowhere"], 1, "labelled images nowhere/train do not exist"),
         (["--checkpoint_every_n_steps", "0"], 1, "checkpoint_every_n_steps must be >= 1, got 0"),
         (["--trainer.max_steps", "-1"], 1, "trainer.max_steps or trainer.max_epochs must be set"),
+        (["--trainer.accumulate_grad_batches", "2"], 1, "accumulate_grad_batches must be 1"),
         (["--trainer.accelerator", "warp"], 1, "warp"),
         (["--data.num_view_per_caption", "2"], 2, "did you mean --data.num_views_per_caption?"),
         (["--trainer.max_step", "2"], 2, "did you mean --trainer.max_steps?"),

@@ -122,6 +122,16 @@ def test_non_finite_loss_stops_before_the_weights_change(tmp_path: Path) -> None
     assert all(torch.isfinite(parameter).all() for parameter in module.parameters())
 
 
+def test_gradient_that_is_not_finite_stops_before_the_weights_change(tmp_path: Path) -> None:
+    module = build_module()
+    weight = next(parameter for parameter in module.backbone.parameters() if parameter.ndim > 1)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    weight.register_hook(lambda gradient: gradient * torch.inf)
+    with pytest.raises(NonFiniteLossError, match=r"gradient norm is (nan|inf) at step 0 with learning rate"):
+        train(module, tmp_path, build_batches())
+    assert all(torch.equal(parameter, before[name]) for name, parameter in module.named_parameters())
+
+
 def test_checkpoint_of_a_run_gives_back_the_trained_backbone(tmp_path: Path) -> None:
     module = build_module()
     trainer = train(module, tmp_path, build_batches())
@@ -186,7 +196,7 @@ def test_online_knn_measures_every_n_steps_and_at_the_end(tmp_path: Path) -> Non
         callbacks=[Throughput(), probe],
     )
     measured = [(step, row["knn_top1"]) for step, row in recorder.rows if "knn_top1" in row]
-    assert [step for step, _ in measured] == [2, 4, 5]
+    assert [step for step, _ in measured] == [0, 2, 4, 5]
     assert all(0 <= value <= 1 for _, value in measured)
     assert module.backbone.training
     logged = set().union(*(row for _, row in recorder.rows))
@@ -197,6 +207,16 @@ def test_online_knn_measures_every_n_steps_and_at_the_end(tmp_path: Path) -> Non
 def test_online_knn_names_a_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="labelled images .*scenes/train do not exist"):
         OnlineKNN(str(tmp_path / "scenes")).setup(
+            pl.Trainer(logger=False, accelerator="cpu"), build_module(), "fit"
+        )
+
+
+def test_online_knn_names_an_unreadable_image(tmp_path: Path) -> None:
+    write_image_folder(tmp_path / "scenes")
+    file = sorted((tmp_path / "scenes" / "test").rglob("*.*"))[0]
+    file.write_bytes(file.read_bytes()[:40])
+    with pytest.raises(ValueError, match=f"{file.name}: not a readable image"):
+        OnlineKNN(str(tmp_path / "scenes"), k=3).setup(
             pl.Trainer(logger=False, accelerator="cpu"), build_module(), "fit"
         )
 
