@@ -8,7 +8,8 @@ what each picture shows; a caption's attribute is right where the judge names th
 
 Diversity: for each caption, the entropy of the judge's answers over several pictures, averaged over captions
 that leave the attribute open, as a share of the same figure for rendered scenes that the caption allows (as
-many pictures a caption, so that the bias of small samples is the same on both sides).
+many pictures a caption, so that the bias of small samples is the same on both sides). Captions are drawn
+until every attribute is open in as many as asked for.
 
 Writes benchmarks/results/embedded_generator.{json,md}.
 """
@@ -30,6 +31,8 @@ from tqdm import tqdm
 
 from data_gen.captions import Caption, caption_id
 from data_gen.embedded.examples import SceneBank
+from data_gen.embedded.text import NUM_TOKENIZER_CAPTIONS, draw_training_captions
+from data_gen.embedded.training import StageConfig, draws_of
 from data_gen.generator import DiffusionGenerator
 from data_gen.models import GeneratorConfig, find_model
 from data_gen.scene_rendering import render
@@ -41,6 +44,7 @@ from data_gen.scenes import (
     Scene,
     SceneObject,
     describe,
+    sample_captions,
     sample_scene,
     scene_rng,
 )
@@ -48,7 +52,6 @@ from stablerep.evaluation.statistics import wilson_interval
 
 RESULTS = Path(__file__).parent / "results"
 GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0, 5.0, 7.5)
-_NUM_OPEN_AT_LEAST = 2
 
 
 @dataclass(frozen=True)
@@ -66,10 +69,10 @@ class Share:
 def measure(
     model: str = "embedded",
     num_captions: int = 1000,
-    num_diversity_captions: int = 60,
+    num_open_captions: int = 20,
     num_images_per_caption: int = 24,
     num_table_captions: int = 300,
-    num_table_diversity_captions: int = 16,
+    num_table_open_captions: int = 6,
     num_inference_steps: int = 20,
     dtype: Literal["float32", "bfloat16"] = "float32",
     name: str = "embedded_generator",
@@ -79,10 +82,10 @@ def measure(
     Args:
         model: "embedded" or a diffusers folder.
         num_captions: Captions of each of the two fidelity figures at guidance 2.
-        num_diversity_captions: Captions of the diversity figure at guidance 2.
+        num_open_captions: Captions, at least, that leave an attribute open, for each attribute's diversity.
         num_images_per_caption: Pictures of each of them.
         num_table_captions: Fidelity captions of each row of the table over guidance.
-        num_table_diversity_captions: Diversity captions of each row.
+        num_table_open_captions: The same for each row.
         num_inference_steps: Denoising steps.
         dtype: Precision of the generator.
         name: Name of the result files.
@@ -97,13 +100,7 @@ def measure(
         for d in draw_descriptions("held-out-pairs", 3 * num_captions, trained_on, only=HELD_OUT_COMBINATIONS)
         if d.mentions[0].shape is not None and d.mentions[0].colour is not None
     ][:num_captions]
-    open_ended = [
-        d
-        for d in draw_descriptions(
-            "diversity-captions", 8 * num_diversity_captions, (), HELD_OUT_COMBINATIONS
-        )
-        if len(open_attributes(d)) >= _NUM_OPEN_AT_LEAST
-    ][:num_diversity_captions]
+    open_ended = draw_open_descriptions(num_open_captions)
     rendered = render_diversity(judge, open_ended, num_images_per_caption)
     result: dict[str, Any] = {
         "judge": judge_accuracies,
@@ -112,7 +109,8 @@ def measure(
         "diversity": _shares(bench.diversity(open_ended, num_images_per_caption, 2.0), rendered),
         "guidance": [],
     }
-    fewer = open_ended[:num_table_diversity_captions]
+    seconds_per_image = bench.seconds / bench.num_images
+    fewer = draw_open_descriptions(num_table_open_captions)
     fewer_rendered = render_diversity(judge, fewer, num_images_per_caption)
     for scale in GUIDANCE_SCALES:
         diversity = _shares(bench.diversity(fewer, num_images_per_caption, scale), fewer_rendered)
@@ -123,12 +121,14 @@ def measure(
         "identity": bench.files.identity,
         "num_inference_steps": num_inference_steps,
         "dtype": dtype,
-        "num_diversity_captions": len(open_ended),
+        "num_open_captions": _count_open(open_ended),
+        "num_table_open_captions": _count_open(fewer),
         "num_images_per_caption": num_images_per_caption,
         "machine": platform.processor() or platform.machine(),
         "torch": torch.__version__,
+        "num_threads": torch.get_num_threads(),
         "seconds": round(time.time() - started),
-        "seconds_per_image": round(bench.seconds / bench.num_images, 4),
+        "seconds_per_image": round(seconds_per_image, 4),
     }
     RESULTS.mkdir(exist_ok=True)
     table = build_table(result)
@@ -217,6 +217,26 @@ def draw_descriptions(
     return list(found.values())
 
 
+def draw_open_descriptions(num_per_attribute: int) -> list[Description]:
+    """Draw captions of one-object scenes until each attribute is open in `num_per_attribute` of them."""
+    missing, found, index = dict.fromkeys(CATEGORIES, num_per_attribute), [], 0
+    while any(num > 0 for num in missing.values()):
+        rng = scene_rng(0, "diversity-captions", index)
+        description = describe(sample_scene(rng, 1, HELD_OUT_COMBINATIONS), rng)
+        is_open = open_attributes(description)
+        if any(missing[name] > 0 for name in is_open):
+            found.append(description)
+            for name in is_open:
+                missing[name] -= 1
+        index += 1
+    return found
+
+
+def _count_open(descriptions: Sequence[Description]) -> dict[str, int]:
+    """In how many captions each attribute is open."""
+    return {name: sum(name in open_attributes(d) for d in descriptions) for name in CATEGORIES}
+
+
 def entropies(descriptions: Sequence[Description], answers: dict[str, NDArray[np.int64]]) -> dict[str, float]:
     """H = −Σ p log2 p of the answers over a caption's pictures, its mean over captions that leave it open."""
     collected: dict[str, list[float]] = {name: [] for name in CATEGORIES}
@@ -252,16 +272,24 @@ def scene_for(description: Description, rng: np.random.Generator) -> Scene:
 
 
 def _training_captions(record_path: Path) -> set[str]:
-    """Every caption that the denoiser was trained on, from the record that its training left."""
+    """Every caption that any part of the model read in training, from the record that its training left."""
     record = json.loads(record_path.read_text())
     num_scenes, denoiser = record["num_scenes"], record["denoiser"]
+    num_steps = denoiser["num_steps"] + record["denoiser_restart"]["num_steps"]
+    text_encoder, seed = StageConfig(**record["text_encoder"]), record["seed"]
+    by_encoder = (
+        description.text
+        for step in tqdm(range(text_encoder.num_steps), "captions of the text encoder")
+        for description in draw_training_captions(draws_of(seed, "text_encoder", step), text_encoder)
+    )
     bank = SceneBank(np.empty((num_scenes, 0), np.uint8), record["seed"])
-    num_epochs = -(-denoiser["num_steps"] // (num_scenes // denoiser["num_examples_per_step"]))
-    return {
+    num_epochs = -(-num_steps // (num_scenes // denoiser["num_examples_per_step"]))
+    by_denoiser = (
         bank.describe(index, epoch).text
-        for epoch in tqdm(range(num_epochs), "training captions")
+        for epoch in tqdm(range(num_epochs), "captions of the denoiser")
         for index in range(num_scenes)
-    }
+    )
+    return {*by_encoder, *by_denoiser, *sample_captions(NUM_TOKENIZER_CAPTIONS, seed)}
 
 
 def _class_of(attribute: str, value: str) -> int:
@@ -279,14 +307,17 @@ def build_table(result: dict[str, Any]) -> str:
     settings = result["settings"]
     lines = [
         f"Model {settings['identity'][:23]}…, {settings['num_inference_steps']} steps, "
-        f"{settings['dtype']}, guidance 2 unless said; intervals: Wilson's, 95 %; {settings['seconds_per_image']} s an image.",
+        f"{settings['dtype']}, guidance 2 unless said; intervals: Wilson's, 95 %; "
+        f"{settings['seconds_per_image']} s an image on {settings['num_threads']} threads.",
         "",
-        "| attribute | judge on renderings | unseen captions | unseen pairs | entropy kept |",
+        "| attribute | judge on renderings | unseen captions | unseen pairs | entropy kept (captions) |",
         "|---|---|---|---|---|",
     ]
     for name in (*CATEGORIES, "shape and colour"):
         judge = f"{result['judge'][name]:.1%}" if name in result["judge"] else "–"
-        kept = f"{result['diversity'][name]:.0%}" if name in result["diversity"] else "–"
+        kept = "–"
+        if name in result["diversity"]:
+            kept = f"{result['diversity'][name]:.0%} ({settings['num_open_captions'][name]})"
         unseen = result["unseen_pairs"].get(name, "–")
         lines.append(f"| {name} | {judge} | {result['fidelity'].get(name, '–')} | {unseen} | {kept} |")
     lines += [

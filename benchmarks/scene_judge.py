@@ -4,6 +4,7 @@ It learns from the renderer alone (all combinations, its own random streams) and
 `python benchmarks/scene_judge.py` trains it where it is missing and prints its accuracy on fresh renderings.
 """
 
+import hashlib
 import os
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import gaussian_blur
 from tqdm import tqdm
 
+from data_gen import scene_rendering, scenes
 from data_gen.scene_rendering import render
 from data_gen.scenes import CATEGORIES, Scene, attributes_of, sample_scene, scene_rng
 
@@ -105,17 +107,26 @@ def _render_chunk(stream: str, start: int) -> tuple[NDArray[np.uint8], NDArray[n
 
 def load_judge() -> tuple[SceneJudge, dict[str, float]]:
     """Return the judge, trained where missing, and its accuracy by attribute on `NUM_TEST` renderings."""
-    path = FOLDER / "judge.pt"
+    path = FOLDER / f"judge-{_digest_recipe()}.pt"
+    torch.manual_seed(0)
     judge = SceneJudge()
     if not path.exists():
         FOLDER.mkdir(parents=True, exist_ok=True)
-        torch.save(_train(judge), path)
+        temporary = path.with_suffix(".tmp")
+        torch.save(_train(judge), temporary)
+        os.replace(temporary, path)
     judge.load_state_dict(torch.load(path, weights_only=True))
     judge.eval()
     images, labels = render_labelled("judge-test", NUM_TEST)
     given = judge_images(judge, images)
     accuracies = {name: float((given[name] == labels[:, i]).mean()) for i, name in enumerate(CATEGORIES)}
     return judge, accuracies
+
+
+def _digest_recipe() -> str:
+    """Of the code that makes the judge what it is: renderer, grammar, this file."""
+    sources = (scene_rendering.__file__, scenes.__file__, __file__)
+    return hashlib.sha256(b"".join(Path(source).read_bytes() for source in sources)).hexdigest()[:12]
 
 
 def _train(judge: SceneJudge) -> dict[str, Tensor]:
@@ -125,7 +136,6 @@ def _train(judge: SceneJudge) -> dict[str, Tensor]:
     num_steps = _NUM_EPOCHS * (NUM_TRAIN // _NUM_PER_STEP)
     optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=num_steps)
-    torch.manual_seed(0)
     for _ in tqdm(range(_NUM_EPOCHS), "judge"):
         order = torch.randperm(NUM_TRAIN)
         for rows in order[: num_steps // _NUM_EPOCHS * _NUM_PER_STEP].view(-1, _NUM_PER_STEP):

@@ -148,7 +148,7 @@ class DiffusionGenerator:
             device=self.device,
             num_images_per_prompt=1,
             do_classifier_free_guidance=self._guided,
-            negative_prompt=[self.config.negative_prompt] * len(padded) if self._guided else None,
+            negative_prompt=self._negative_prompts(len(padded)),
         )
         names = (
             "prompt_embeds",
@@ -190,8 +190,8 @@ class DiffusionGenerator:
 
     def _conditions(self, jobs: Sequence[_Job]) -> dict[str, Any]:
         if not self._encodes_once:
-            negative = [self.config.negative_prompt] * len(jobs) if self._guided else None
-            return {"prompt": [job.caption.text for job in jobs], "negative_prompt": negative}
+            texts = [job.caption.text for job in jobs]
+            return {"prompt": texts, "negative_prompt": self._negative_prompts(len(jobs))}
         return {name: torch.stack([job.embeddings[name] for job in jobs]) for name in jobs[0].embeddings}
 
     def _latents(self, jobs: Sequence[_Job]) -> torch.Tensor:
@@ -205,6 +205,10 @@ class DiffusionGenerator:
     def _torch_generator(self, seed: str) -> torch.Generator:
         """For what a scheduler draws on its way, and for the first noise of an unknown family."""
         return torch.Generator(self.device).manual_seed(int(seed[:15], 16))
+
+    def _negative_prompts(self, num: int) -> list[str] | None:
+        """None where none is given: SDXL then has zeros in its place, not the embedding of an empty text."""
+        return [self.config.negative_prompt] * num if self._guided and self.config.negative_prompt else None
 
     @property
     def _guided(self) -> bool:
@@ -244,12 +248,17 @@ def load_pipeline(config: GeneratorConfig, model: ModelFiles) -> Any:
 
 def _has_known_embeddings(pipeline: Any, parameters: set[str]) -> bool:
     """Whether it is of Stable Diffusion's or SDXL's family: a UNet that takes embeddings and latents."""
-    return hasattr(pipeline, "unet") and {"prompt_embeds", "latents"} <= parameters
+    return _has_latents(pipeline) and {"prompt_embeds", "latents"} <= parameters
+
+
+def _has_latents(pipeline: Any) -> bool:
+    """Whether its UNet denoises latents of a known scale (not so in DeepFloyd IF and Kandinsky)."""
+    return hasattr(pipeline, "unet") and hasattr(pipeline, "vae_scale_factor")
 
 
 def _image_size(pipeline: Any, config: GeneratorConfig) -> tuple[int | None, int | None]:
     """(height, width) in pixels: as asked for, else the model's own (None: the pipeline knows)."""
-    if not hasattr(pipeline, "unet"):
+    if not _has_latents(pipeline):
         return config.height, config.width
     size = pipeline.unet.config.sample_size
     rows, columns = (size, size) if isinstance(size, int) else size

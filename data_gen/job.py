@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
     from data_gen.generator import DiffusionGenerator, GeneratedCaption
 
+_OWN_FILES = ("*.tar", "*.parquet", "*_stats.json", "README.md", "croissant.json")
+"""What a job writes beside `dataset.json`."""
+
 
 @dataclass(frozen=True)
 class GenerateConfig:
@@ -162,6 +165,12 @@ def run_shard(
         The published shard.
     """
     start = time.perf_counter()
+    num_truncated = generator.count_truncated(captions)
+    if num_truncated:
+        _say(
+            f"shard {shard_index}: {num_truncated} of {len(captions)} captions are longer than what the "
+            "model reads; it sees their beginnings"
+        )
     encoding: deque[Future[Sample]] = deque()
     with (
         ShardWriter(config.output, manifest, shard_index) as writer,
@@ -182,7 +191,7 @@ def run_shard(
             num_planned=len(captions),
             seconds=time.perf_counter() - start,
             fingerprint=generator.fingerprint(),
-            statistics={"num_captions_truncated": generator.count_truncated(captions)},
+            statistics={"num_captions_truncated": num_truncated},
         )
 
 
@@ -241,9 +250,9 @@ def _build_manifest(config: GenerateConfig, captions: CaptionList, model: ModelF
 def _check_same_plan(root: Path, manifest: DatasetManifest) -> None:
     """Refuses to mix two plans in one folder."""
     if not (root / MANIFEST_NAME).exists():
-        if tars := sorted(root.glob("*.tar")):
+        if taken := sorted(path.name for pattern in _OWN_FILES for path in root.glob(pattern)):
             raise ValueError(
-                f"output {root} holds {tars[0].name} but no {MANIFEST_NAME}: not a dataset to go on with"
+                f"output {root} holds {taken[0]} but no {MANIFEST_NAME}: not a dataset to go on with"
             )
         return
     old = read_manifest(root)
@@ -258,7 +267,12 @@ def _check_same_plan(root: Path, manifest: DatasetManifest) -> None:
 
 
 def _publish_plan(root: Path, manifest: DatasetManifest, fingerprint: dict[str, Any]) -> DatasetManifest:
-    """Writes `dataset.json`, or says where this machine differs from the one that began the dataset."""
+    """Writes `dataset.json`, or says where this machine differs from the one that began the dataset.
+
+    Raises:
+        ValueError: Another job has begun another plan here while the model was loading.
+    """
+    _check_same_plan(root, manifest)
     if (root / MANIFEST_NAME).exists():
         manifest = read_manifest(root)
         for name in sorted(manifest.fingerprint.keys() | fingerprint.keys()):

@@ -14,8 +14,8 @@ from typing import Any, Literal
 EMBEDDED_FOLDER = Path(__file__).parent / "embedded" / "pipeline"
 
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ddim": ("DDIMScheduler", {}),
-    "ddpm": ("DDPMScheduler", {}),
+    "ddim": ("DDIMScheduler", {"clip_sample": False}),
+    "ddpm": ("DDPMScheduler", {"clip_sample": False}),
     "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
     "dpmsolver++_karras": (
         "DPMSolverMultistepScheduler",
@@ -29,7 +29,10 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
     "unipc": ("UniPCMultistepScheduler", {}),
 }
-"""Name → (diffusers class, settings that it takes beside the model's own)."""
+"""Name → (diffusers class, settings that it takes beside the model's own).
+
+Two clip by default what they predict to [-1, 1], as suits pixels; latents are not bounded.
+"""
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _IDENTITY_SUFFIXES = {".json", ".model", ".safetensors", ".txt"}

@@ -63,7 +63,7 @@ def train_autoencoder(
 
 
 def refine_decoder(
-    autoencoder: AutoencoderKL, bank: SceneBank, config: StageConfig, folder: Path, seed: int
+    autoencoder: AutoencoderKL, bank: SceneBank, config: StageConfig, folder: Path, seed: int, upstream: str
 ) -> None:
     """Train the decoder on, on whole pictures and slightly noisy latents; the latents do not change."""
     device = next(autoencoder.parameters()).device
@@ -79,7 +79,7 @@ def refine_decoder(
             decoded = decoder(latents + _LATENT_NOISE * noise).float()
         return _error(decoded, images)
 
-    train_stage("decoder", decoder, loss_of, config, folder, seed)
+    train_stage("decoder", decoder, loss_of, config, folder, seed, upstream)
 
 
 def _error(decoded: Tensor, images: Tensor) -> Tensor:
@@ -138,13 +138,15 @@ def standardise_latents(autoencoder: AutoencoderKL, bank: SceneBank) -> None:
 
 
 @torch.inference_mode()
-def encode_bank(autoencoder: AutoencoderKL, bank: SceneBank, folder: Path) -> NDArray[np.float16]:
-    """Write every scene's latent mean to `latents.npy`, or read it when it is complete.
+def encode_bank(
+    autoencoder: AutoencoderKL, bank: SceneBank, folder: Path, upstream: str
+) -> NDArray[np.float16]:
+    """Write every scene's latent mean to a file named after `upstream`, or read it when it is complete.
 
     Shapes:
         returns: float16 [N, 8, 16, 16], memory-mapped.
     """
-    path = folder / "latents.npy"
+    path = folder / f"latents-{upstream[:8]}.npy"
     if not path.exists():
         device = next(autoencoder.parameters()).device
         means = np.empty((len(bank), *LATENT_SHAPE), np.float16)

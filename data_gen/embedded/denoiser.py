@@ -5,6 +5,7 @@ al. 2023 (arXiv 2303.09556); classifier-free guidance, Ho and Salimans 2022 (arX
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from data_gen.embedded.autoencoder import LATENT_SHAPE
 from data_gen.embedded.examples import SceneBank
 from data_gen.embedded.text import WIDTH, tokenize
-from data_gen.embedded.training import Draws, StageConfig, indices_of, train_stage
+from data_gen.embedded.training import Draws, StageConfig, digest_weights, indices_of, train_stage
 
 _DROPPED_CAPTIONS_FRACTION = 0.1
 _LARGEST_SNR = 5.0
@@ -76,17 +77,20 @@ def train_denoiser(
     text_encoder: CLIPTextModel,
     tokenizer: CLIPTokenizer,
     config: StageConfig,
+    restart: StageConfig,
     folder: Path,
     seed: int,
     compiled: bool,
+    upstream: str,
 ) -> UNet2DConditionModel:
-    """Train on latents and captions in ever new words; one caption in ten is empty, for guidance."""
+    """Train on latents and captions in ever new words; one caption in ten is empty, for guidance.
+
+    When the rate has fallen to zero it rises and falls once more, from the moving average of the weights.
+    """
     device = text_encoder.device
     torch.manual_seed(seed)
     denoiser = build_denoiser().to(device, memory_format=torch.channels_last)
-    denoiser.set_attn_processor(
-        AttnProcessor()
-    )  # short sequences: plain products beat the fused kernel's backward
+    denoiser.set_attn_processor(AttnProcessor())  # plain products, which the compiler fuses by itself
     predict = torch.compile(denoiser, disable=not compiled)
     scheduler = build_scheduler()
     num_timesteps = scheduler.config.num_train_timesteps
@@ -96,24 +100,25 @@ def train_denoiser(
         scheduler.alphas_cumprod.sqrt().to(device),
         (1 - scheduler.alphas_cumprod).sqrt().to(device),
     )
-    num_steps_per_epoch = len(bank.scenes) // config.num_examples_per_step
+    num_examples = config.num_examples_per_step
+    num_steps_per_epoch = len(bank.scenes) // num_examples
 
-    def loss_of(draws: Draws) -> Tensor:
-        indices = indices_of(draws.step, len(bank.scenes), config.num_examples_per_step, seed)
+    def loss_of(draws: Draws, num_steps_before: int) -> Tensor:
+        step = num_steps_before + draws.step
+        indices = indices_of(step, len(bank.scenes), num_examples, seed)
         latents = torch.from_numpy(bank.means[indices]).to(device).float()
         latents = latents.contiguous(memory_format=torch.channels_last)
-        states = _encode_captions(indices, draws)
+        states = _encode_captions(indices, step // num_steps_per_epoch, draws)
         noise = torch.randn(latents.shape, generator=draws.torch).to(device)
         timesteps = _spread_timesteps(len(indices), num_timesteps, draws.torch).to(device)
         alpha, sigma = alphas[timesteps].view(-1, 1, 1, 1), sigmas[timesteps].view(-1, 1, 1, 1)
         with torch.autocast(device.type, torch.bfloat16):
             predicted = predict(alpha * latents + sigma * noise, timesteps, states, return_dict=False)[0]
-        error = (predicted.float() - (alpha * noise - sigma * latents)).square().mean(dim=(1, 2, 3))
+        error = (predicted.float() - velocity(latents, noise, alpha, sigma)).square().mean(dim=(1, 2, 3))
         return (weights[timesteps] * error).mean()
 
     @torch.no_grad()
-    def _encode_captions(indices: NDArray[np.int64], draws: Draws) -> Tensor:
-        epoch = draws.step // num_steps_per_epoch
+    def _encode_captions(indices: NDArray[np.int64], epoch: int, draws: Draws) -> Tensor:
         dropped = draws.numpy.random(len(indices)) < _DROPPED_CAPTIONS_FRACTION
         captions = [
             "" if drop else bank.scenes.describe(int(index), epoch).text
@@ -122,8 +127,17 @@ def train_denoiser(
         with torch.autocast(device.type, torch.bfloat16):
             return text_encoder(tokenize(tokenizer, captions, device)).last_hidden_state
 
-    train_stage("denoiser", denoiser, loss_of, config, folder, seed)
+    train_stage("denoiser", denoiser, partial(loss_of, num_steps_before=0), config, folder, seed, upstream)
+    train_stage(
+        *("denoiser_restart", denoiser, partial(loss_of, num_steps_before=config.num_steps), restart),
+        *(folder, seed, upstream + digest_weights(denoiser)),
+    )
     return denoiser
+
+
+def velocity(latents: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """What the network predicts: v = alpha · noise − sigma · latents."""
+    return alpha * noise - sigma * latents
 
 
 def _spread_timesteps(num: int, num_timesteps: int, generator: torch.Generator) -> Tensor:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from data_gen.embedded.training import replace_file
 from data_gen.scene_rendering import render
 from data_gen.scenes import HELD_OUT_COMBINATIONS, Description, Scene, describe, sample_scene, scene_rng
 
@@ -82,7 +83,7 @@ def build_bank(folder: Path, num_scenes: int, seed: int, num_workers: int) -> Sc
             images[start : start + _CHUNK] = chunk
             images.flush()
             progress["chunks"].append(start)
-            progress_path.write_text(json.dumps(progress))
+            replace_file(progress_path, json.dumps(progress))
     return SceneBank(np.lib.format.open_memmap(path, mode="r"), seed)
 
 

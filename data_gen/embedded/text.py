@@ -28,13 +28,16 @@ from data_gen.scenes import (
 )
 
 CONTEXT_LENGTH = 48
+NUM_TOKENIZER_CAPTIONS = 5000
 WIDTH = 128
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 _MAX_OBJECTS = 3
 _OBJECT_QUESTIONS = ("shape", "colour", "size", "fill")
 
 
-def build_tokenizer(seed: int, num_captions: int = 5000, vocabulary_size: int = 1024) -> CLIPTokenizer:
+def build_tokenizer(
+    seed: int, num_captions: int = NUM_TOKENIZER_CAPTIONS, vocabulary_size: int = 1024
+) -> CLIPTokenizer:
     """Learn byte-pair merges from captions of the grammar.
 
     Every byte has a token of its own, so any Unicode text can be written; unknown words are spelt.
@@ -141,10 +144,7 @@ def train_text_encoder(
     reader = CaptionReader(build_text_encoder(tokenizer)).to(device)
 
     def loss_of(draws: Draws) -> Tensor:
-        descriptions = [
-            describe(sample_scene(draws.numpy, exclude=HELD_OUT_COMBINATIONS), draws.numpy)
-            for _ in range(config.num_examples_per_step)
-        ]
+        descriptions = draw_training_captions(draws, config)
         ids = tokenize(tokenizer, [description.text for description in descriptions], device)
         longest = int((ids != tokenizer.pad_token_id).sum(dim=1).max()) + 1
         answers = torch.tensor([answers_of(description) for description in descriptions], device=device)
@@ -155,6 +155,14 @@ def train_text_encoder(
 
     train_stage("text_encoder", reader, loss_of, config, folder, seed)
     return reader
+
+
+def draw_training_captions(draws: Draws, config: StageConfig) -> list[Description]:
+    """The captions of one step: none names a held-out combination."""
+    return [
+        describe(sample_scene(draws.numpy, exclude=HELD_OUT_COMBINATIONS), draws.numpy)
+        for _ in range(config.num_examples_per_step)
+    ]
 
 
 @torch.inference_mode()

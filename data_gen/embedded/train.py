@@ -22,12 +22,13 @@ from data_gen.embedded.autoencoder import encode_bank, refine_decoder, standardi
 from data_gen.embedded.denoiser import LatentBank, build_scheduler, train_denoiser
 from data_gen.embedded.examples import build_bank
 from data_gen.embedded.text import build_tokenizer, measure_reading, train_text_encoder
-from data_gen.embedded.training import StageConfig
+from data_gen.embedded.training import StageConfig, digest_weights, replace_file
 
 AUTOENCODER = StageConfig(6000, 16, 5e-4, num_warmup_steps=100, decay_fraction=0.7)
 TEXT_ENCODER = StageConfig(1500, 64, 1e-3, num_warmup_steps=100, decay_fraction=0.5)
 DECODER = StageConfig(2000, 8, 5e-4, num_warmup_steps=100, decay_fraction=0.7)
 DENOISER = StageConfig(12_000, 64, 1e-3, num_warmup_steps=300, decay_fraction=0.3, ema_decay=0.9995)
+DENOISER_RESTART = StageConfig(6000, 64, 1e-3, num_warmup_steps=200, decay_fraction=0.5, ema_decay=0.9995)
 
 
 def train(
@@ -36,6 +37,7 @@ def train(
     autoencoder: StageConfig = AUTOENCODER,
     text_encoder: StageConfig = TEXT_ENCODER,
     denoiser: StageConfig = DENOISER,
+    denoiser_restart: StageConfig = DENOISER_RESTART,
     decoder: StageConfig = DECODER,
     seed: int = 0,
     device: str = "auto",
@@ -46,10 +48,11 @@ def train(
 
     Args:
         output: Folder for scenes, latents, checkpoints, logs and, at the end, `pipeline/`.
-        num_scenes: Rendered scenes, a multiple of 1,000; 12 kB of disk each.
+        num_scenes: Rendered scenes, a multiple of 1,000; 16 kB of disk each.
         autoencoder: Training of the autoencoder.
         text_encoder: Training of the text encoder.
         denoiser: Training of the UNet.
+        denoiser_restart: Further training of the UNet, with as many examples in one update.
         decoder: Further training of the autoencoder's decoder alone.
         seed: Of everything drawn.
         device: Torch device; "auto" is the accelerator where there is one.
@@ -65,22 +68,27 @@ def train(
         "autoencoder": autoencoder,
         "text_encoder": text_encoder,
         "denoiser": denoiser,
+        "denoiser_restart": denoiser_restart,
         "decoder": decoder,
     }
     record: dict[str, Any] = {name: asdict(config) for name, config in stages.items()}
     record |= {"num_scenes": num_scenes, "seed": seed, "device": chosen.type, "torch": torch.__version__}
-    (output / "training.json").write_text(json.dumps(record, indent=2) + "\n")
     vae = train_autoencoder(scenes, autoencoder, output, seed, chosen)
+    vae_digest = digest_weights(vae)
     standardise_latents(vae, scenes)
-    means = encode_bank(vae, scenes, output)
+    means = encode_bank(vae, scenes, output, vae_digest)
     tokenizer = build_tokenizer(seed)
     reader = train_text_encoder(tokenizer, text_encoder, output, seed, chosen)
     share = measure_reading(reader, tokenizer, 2000, seed)
-    print(f"the text encoder answers every question about {share:.1%} of unseen captions")
+    print(f"the text encoder answers every question about {share:.1%} of freshly drawn captions")
     bank = LatentBank(means, scenes)
     encoder = reader.text_encoder.requires_grad_(False)
-    unet = train_denoiser(bank, encoder, tokenizer, denoiser, output, seed, compiled)
-    refine_decoder(vae, scenes, decoder, output, seed)
+    upstream = vae_digest + digest_weights(encoder)
+    unet = train_denoiser(
+        bank, encoder, tokenizer, denoiser, denoiser_restart, output, seed, compiled, upstream
+    )
+    refine_decoder(vae, scenes, decoder, output, seed, vae_digest)
+    replace_file(output / "training.json", json.dumps(record, indent=2) + "\n")
     write_pipeline(output / "pipeline", vae, encoder, tokenizer, unet)
     print(f"{output / 'pipeline'} is complete, {(time.time() - started) / 60:.0f} minutes after this start")
 

@@ -5,6 +5,7 @@ steps that it would have taken.
 """
 
 import csv
+import hashlib
 import math
 import os
 import time
@@ -97,15 +98,25 @@ def train_stage(
     config: StageConfig,
     folder: Path,
     seed: int,
+    upstream: str = "",
 ) -> None:
     """Train `model` in place and leave it with the moving average of its weights, in evaluation mode.
 
     Progress is in `<name>.pt` (about every two minutes and at the end) and `<name>.csv` of `folder`; where a
     checkpoint is found, training goes on from it.
 
+    Args:
+        name: Of the stage; part of all that it draws.
+        model: The network.
+        loss_of: Loss of one step, from its randomness.
+        config: The settings.
+        folder: Holds checkpoint and log.
+        seed: Of everything drawn.
+        upstream: Digest of the networks whose outputs it learns from.
+
     Raises:
-        ValueError: The checkpoint found was made with other settings; `num_steps` and `decay_fraction` may
-            change as long as the rate has not begun to fall.
+        ValueError: The checkpoint found was made with other settings or on other networks' outputs;
+            `num_steps` and `decay_fraction` may change as long as the rate has begun to fall by neither plan.
         FloatingPointError: The loss is not finite.
     """
     optimizer = torch.optim.AdamW(
@@ -115,7 +126,7 @@ def train_stage(
     device = next(model.parameters()).device
     ema.to(device)
     checkpoint = folder / f"{name}.pt"
-    first = _resume(checkpoint, model, optimizer, ema, config)
+    first = _resume(checkpoint, model, optimizer, ema, config, upstream)
     _drop_log_after(folder / f"{name}.csv", first)
     saved, losses = time.monotonic(), []
     model.train()
@@ -136,20 +147,43 @@ def train_stage(
             )
             losses.clear()
             if done == config.num_steps or time.monotonic() - saved > _SECONDS_BETWEEN_CHECKPOINTS:
-                _save(checkpoint, model, optimizer, ema, config, done)
+                _save(checkpoint, model, optimizer, ema, config, done, upstream)
                 saved = time.monotonic()
     ema.copy_to(model.parameters())
     model.eval()
 
 
+def digest_weights(*models: nn.Module) -> str:
+    """SHA-256 of the models' parameters, in hexadecimal."""
+    digest = hashlib.sha256()
+    for model in models:
+        for parameter in model.parameters():
+            digest.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a whole file or none."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
 def _resume(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel, config: StageConfig
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: EMAModel,
+    config: StageConfig,
+    upstream: str,
 ) -> int:
     if not path.exists():
         return 0
     state = torch.load(path, map_location=next(model.parameters()).device, weights_only=True)
     wanted, found, step = asdict(config), state["config"], state["step"]
-    falling = step > found["num_steps"] * (1 - found["decay_fraction"])
+    falling = step > min(c["num_steps"] * (1 - c["decay_fraction"]) for c in (found, wanted))
+    if state["upstream"] != upstream:
+        raise ValueError(f"{path} learnt from the outputs of networks that are no longer there: remove it")
     for name, value in wanted.items():
         if found[name] != value and (name not in ("num_steps", "decay_fraction") or falling):
             raise ValueError(f"{path} was made with {name} {found[name]}, asked for is {value}")
@@ -166,6 +200,7 @@ def _save(
     ema: EMAModel,
     config: StageConfig,
     step: int,
+    upstream: str,
 ) -> None:
     state = {
         "model": model.state_dict(),
@@ -173,6 +208,7 @@ def _save(
         "ema": ema.state_dict(),
         "config": asdict(config),
         "step": step,
+        "upstream": upstream,
     }
     temporary = path.with_suffix(".tmp")
     torch.save(state, temporary)
@@ -182,7 +218,7 @@ def _save(
 def _log(path: Path, step: int, loss: float, learning_rate: float) -> None:
     if not math.isfinite(loss):
         raise FloatingPointError(f"the loss of {path.stem} is {loss} at step {step}")
-    new = not path.exists()
+    new = not path.exists() or path.stat().st_size == 0
     with path.open("a", newline="") as file:
         writer = csv.writer(file)
         if new:
@@ -192,7 +228,7 @@ def _log(path: Path, step: int, loss: float, learning_rate: float) -> None:
 
 def _drop_log_after(path: Path, step: int) -> None:
     """Forget what a killed run logged after its last checkpoint."""
-    if path.exists():
-        lines = path.read_text().splitlines()
+    if path.exists() and (lines := path.read_text().splitlines()):
         kept = [lines[0], *(line for line in lines[1:] if int(line.split(",")[0]) <= step)]
-        path.write_text("\n".join(kept) + "\n")
+        if kept != lines:
+            replace_file(path, "\n".join(kept) + "\n")

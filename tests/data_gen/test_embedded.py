@@ -11,11 +11,18 @@ from torch import Tensor, nn
 
 from data_gen.embedded import examples
 from data_gen.embedded.autoencoder import build_autoencoder, standardise_latents, to_signed
-from data_gen.embedded.denoiser import build_denoiser, build_scheduler
+from data_gen.embedded.denoiser import build_scheduler, velocity
 from data_gen.embedded.examples import SceneBank, build_bank, scene_at
 from data_gen.embedded.text import CONTEXT_LENGTH, answers_of, build_tokenizer
 from data_gen.embedded.train import train
-from data_gen.embedded.training import Draws, StageConfig, draws_of, indices_of, train_stage
+from data_gen.embedded.training import (
+    Draws,
+    StageConfig,
+    digest_weights,
+    draws_of,
+    indices_of,
+    train_stage,
+)
 from data_gen.generator import DiffusionGenerator
 from data_gen.models import GeneratorConfig, find_model
 from data_gen.scenes import HELD_OUT_COMBINATIONS, Description, Mention, sample_captions
@@ -73,8 +80,45 @@ def test_more_steps_continue_a_run_until_its_rate_falls(tmp_path: Path) -> None:
         train_line(tmp_path / "early", SHORT, kill_at=5)
     assert torch.equal(train_line(tmp_path / "early", longer), whole)
     train_line(tmp_path / "late", SHORT)
-    with pytest.raises(ValueError, match=r"made with num_steps 12, asked for is 20"):
-        train_line(tmp_path / "late", longer)
+    for num_steps in (20, 8):  # the rate has fallen, or would have begun to
+        with pytest.raises(ValueError, match=f"made with num_steps 12, asked for is {num_steps}"):
+            train_line(tmp_path / "late", replace(SHORT, num_steps=num_steps))
+
+
+@pytest.mark.usefixtures("checkpoint_every_step")
+def test_fewer_steps_end_a_run_only_before_its_rate_would_have_fallen(tmp_path: Path) -> None:
+    shorter = replace(SHORT, num_steps=8)
+    for name in ("whole", "early", "late"):
+        (tmp_path / name).mkdir()
+    whole = train_line(tmp_path / "whole", shorter)
+    with pytest.raises(KilledError):
+        train_line(tmp_path / "early", SHORT, kill_at=4)
+    assert torch.equal(train_line(tmp_path / "early", shorter), whole)
+    with pytest.raises(KilledError):
+        train_line(tmp_path / "late", SHORT, kill_at=5)
+    with pytest.raises(ValueError, match=r"made with num_steps 12, asked for is 8"):
+        train_line(tmp_path / "late", shorter)
+
+
+@pytest.mark.usefixtures("checkpoint_every_step")
+def test_stage_that_learnt_from_another_network_is_refused(tmp_path: Path) -> None:
+    model = nn.Linear(1, 1)
+
+    def loss_of(_: Draws) -> Tensor:
+        return model(torch.ones(1, 1)).square().sum()
+
+    train_stage("line", model, loss_of, SHORT, tmp_path, seed=0, upstream="a")
+    train_stage("line", model, loss_of, SHORT, tmp_path, seed=0, upstream="a")
+    with pytest.raises(ValueError, match=r"line\.pt learnt from the outputs of networks that are no longer"):
+        train_stage("line", model, loss_of, SHORT, tmp_path, seed=0, upstream="b")
+
+
+def test_digest_is_of_the_weights() -> None:
+    first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+    assert digest_weights(first) != digest_weights(second)
+    second.load_state_dict(first.state_dict())
+    assert digest_weights(first) == digest_weights(second)
+    assert digest_weights(first, second) != digest_weights(first)
 
 
 @pytest.mark.usefixtures("checkpoint_every_step")
@@ -167,7 +211,7 @@ def test_any_unicode_is_written_in_known_tokens() -> None:
     assert tokenizer.unk_token_id not in tokenizer(every_byte, add_special_tokens=False).input_ids
 
 
-def test_the_grammars_captions_fit_and_its_words_are_whole_tokens() -> None:
+def test_the_grammars_captions_fit_and_its_words_are_short() -> None:
     tokenizer = build_tokenizer(seed=0)
     lengths = [len(tokenizer(caption).input_ids) for caption in sample_captions(1000, seed=9)]
     assert max(lengths) <= CONTEXT_LENGTH
@@ -201,10 +245,19 @@ def test_answers_name_what_a_caption_says() -> None:
 
 
 def test_denoiser_and_sampler_agree_on_their_task() -> None:
+    """What the denoiser is taught to say of a noisy latent, the sampler turns back into the latent."""
     scheduler = build_scheduler()
-    assert scheduler.config.prediction_type == "v_prediction"
+    scheduler.set_timesteps(10)
     assert scheduler.alphas_cumprod[-1] < 1e-4
-    assert sum(parameter.numel() for parameter in build_denoiser().parameters()) < 5e6
+    latents, noise = torch.randn(2, 1, 8, 16, 16)
+    for index, timestep in enumerate(scheduler.timesteps[1:-1], start=1):
+        scheduler._step_index = index
+        squared = scheduler.alphas_cumprod[timestep]
+        alpha, sigma = squared.sqrt(), (1 - squared).sqrt()
+        given = scheduler.convert_model_output(
+            velocity(latents, noise, alpha, sigma), sample=alpha * latents + sigma * noise
+        )
+        torch.testing.assert_close(given, latents, rtol=0, atol=1e-2)
 
 
 @pytest.mark.e2e
@@ -220,6 +273,7 @@ def test_training_writes_a_pipeline_that_the_generator_loads(
         autoencoder=few,
         text_encoder=few,
         denoiser=few,
+        denoiser_restart=few,
         decoder=few,
         device="cpu",
         num_threads=1,

@@ -216,6 +216,21 @@ def test_an_sdxl_pipeline_goes_the_same_way(tiny_pipeline: Path, tmp_path: Path)
     assert alone == {seed: together[seed] for seed in alone}
     assert len(set(together.values())) == 15
 
+    latents = torch.from_numpy(np.stack([draw_noise(seed, (4, 8, 8)) for seed in alone]))
+    pipeline.set_progress_bar_config(disable=True)
+    texts = [CAPTIONS[4].text] * 3
+    plain = pipeline(
+        texts,
+        latents=latents,
+        num_inference_steps=2,
+        guidance_scale=2.0,
+        height=16,
+        width=16,
+        output_type="np",
+    )
+    ours = np.stack([np.frombuffer(pixels, np.uint8) for pixels in alone.values()]).astype(float)
+    assert np.abs(ours - 255 * plain.images.reshape(3, -1)).max() < 1.0
+
 
 def test_a_pipeline_of_an_unknown_family_is_prompted_with_text(
     build: Callable[..., DiffusionGenerator],

@@ -135,10 +135,10 @@ def test_killed_job_loses_only_the_shard_in_flight(
         "from data_gen.models import GeneratorConfig\n"
         "from tests.data_gen.datasets import NoiseGenerator\n"
         "class Killed(NoiseGenerator):\n"
-        "    def count_truncated(self, captions):\n"
+        "    def generate(self, captions, num_images, seed):\n"
+        "        yield from super().generate(captions, num_images, seed)\n"
         "        if captions[0].text.startswith('ein'):\n"
         "            os.kill(os.getpid(), signal.SIGKILL)\n"
-        "        return 0\n"
         "light = types.SimpleNamespace(DiffusionGenerator=Killed)\n"
         "sys.modules['data_gen.generator'] = light  # without torch, this takes a second\n"
         f"run({config!r})\n"
@@ -334,14 +334,34 @@ def test_a_missing_model_is_named(
     assert "model folder /no/model does not exist" in error_line(capsys, *options)
 
 
-def test_tars_of_another_tool_are_not_overwritten(make_config: MakeConfig) -> None:
+@pytest.mark.parametrize(
+    "name", ["00000.tar", "README.md", "croissant.json", "a.parquet", "00000_stats.json"]
+)
+def test_files_of_others_are_not_overwritten(name: str, make_config: MakeConfig) -> None:
     config = make_config()
-    tar = Path(config.output) / "00000.tar"
-    tar.parent.mkdir()
-    tar.write_bytes(b"precious")
-    with pytest.raises(ValueError, match=r"holds 00000.tar but no dataset.json"):
+    file = Path(config.output) / name
+    file.parent.mkdir()
+    file.write_bytes(b"precious")
+    with pytest.raises(ValueError, match=f"holds {name} but no dataset.json"):
         run(config)
-    assert tar.read_bytes() == b"precious"
+    assert [path.read_bytes() for path in file.parent.iterdir()] == [b"precious"]
+
+
+def test_another_plan_that_begins_while_the_model_loads_is_refused(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, begun = make_config(seed=1), {}
+
+    class SlowToLoad(NoiseGenerator):
+        def __init__(self, *_: Any) -> None:
+            monkeypatch.setattr("data_gen.generator.DiffusionGenerator", NoiseGenerator)
+            run(make_config(seed=0))
+            begun.update(data_files(Path(config.output)))
+
+    monkeypatch.setattr("data_gen.generator.DiffusionGenerator", SlowToLoad)
+    with pytest.raises(ValueError, match=r"of another plan: seed is 0 there and 1 here"):
+        run(config)
+    assert data_files(Path(config.output)) == begun
 
 
 def test_a_damaged_manifest_is_named(make_config: MakeConfig, dataset_copy: Path) -> None:
