@@ -1,6 +1,7 @@
 """Laws of the renderer, checked in its pixels: what is fixed is kept, what is open varies."""
 
 import math
+from functools import cache
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from data_gen.scenes import (
     SHAPES,
     Scene,
     SceneObject,
+    attributes_of,
     sample_scene,
     scene_rng,
 )
@@ -189,16 +191,24 @@ def test_texture_varies_between_pictures_of_one_caption(background: str, fill: s
     assert np.abs(first - second).mean() > 4
 
 
-def test_a_linear_probe_on_raw_pixels_does_badly() -> None:
-    """8 shapes, chance 12.5 %; logistic regression reads 17 % from these pixels, a third is the bound."""
-    from sklearn.linear_model import RidgeClassifier
-
-    pixels, labels = [], []
+@cache
+def pixels_and_attributes() -> tuple[NDArray[np.float64], list[dict[str, str]]]:
+    pixels, attributes = [], []
     for index in range(1500):
         rng = scene_rng(0, "probe", index)
         scene = sample_scene(rng, num_objects=1)
         picture = render(scene, rng, image_size=32).reshape(16, 2, 16, 2, 3).mean(axis=(1, 3))
         pixels.append(picture.ravel() / 255)
-        labels.append(scene.objects[0].shape)
-    probe = RidgeClassifier(alpha=10.0).fit(pixels[:1000], labels[:1000])
-    assert probe.score(pixels[1000:], labels[1000:]) < 0.33
+        attributes.append(attributes_of(scene))
+    return np.array(pixels), attributes
+
+
+@pytest.mark.parametrize(("attribute", "bound"), [("shape", 0.25), ("colour", 0.5), ("fill", 0.35)])
+def test_a_linear_probe_on_raw_pixels_does_badly(attribute: str, bound: float) -> None:
+    from sklearn.linear_model import RidgeClassifier
+
+    pixels, attributes = pixels_and_attributes()
+    labels = [values[attribute] for values in attributes]
+    for alpha in (10.0, 100.0, 1000.0):
+        probe = RidgeClassifier(alpha=alpha).fit(pixels[:1000], labels[:1000])
+        assert probe.score(pixels[1000:], labels[1000:]) < bound
