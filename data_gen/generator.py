@@ -15,7 +15,14 @@ import numpy.typing as npt
 import torch
 
 from data_gen.captions import Caption
-from data_gen.models import SCHEDULERS, GeneratorConfig, ModelFiles, forbid_remote_code
+from data_gen.models import (
+    BOUNDED_NOISE_SCHEDULERS,
+    MAX_NOISE_RATIO,
+    SCHEDULERS,
+    GeneratorConfig,
+    ModelFiles,
+    forbid_remote_code,
+)
 from data_gen.noise import draw_noise, image_seed
 
 NUM_CAPTIONS_PER_ENCODING = 16
@@ -220,6 +227,7 @@ def load_pipeline(config: GeneratorConfig, model: ModelFiles) -> Any:
 
     Raises:
         OSError: The folder cannot be loaded.
+        ValueError: The scheduler that was asked for cannot sample with the model's noise schedule.
     """
     forbid_remote_code()
     import diffusers
@@ -242,8 +250,19 @@ def load_pipeline(config: GeneratorConfig, model: ModelFiles) -> Any:
     if config.scheduler is not None:
         class_name, settings = SCHEDULERS[config.scheduler]
         pipeline.scheduler = getattr(diffusers, class_name).from_config(pipeline.scheduler.config, **settings)
+        _check_noise_range(pipeline.scheduler, config.scheduler)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _check_noise_range(scheduler: Any, name: str) -> None:
+    signal = float(scheduler.alphas_cumprod[-1])
+    ratio = ((1 - signal) / signal) ** 0.5 if signal > 0 else float("inf")
+    if name in BOUNDED_NOISE_SCHEDULERS and ratio > MAX_NOISE_RATIO:
+        raise ValueError(
+            f"scheduler {name} needs a noise schedule that ends at a noise of at most {MAX_NOISE_RATIO:g} times "
+            f"the signal, and the model's ends at {ratio:.0f}; dpmsolver++ and ddim take any"
+        )
 
 
 def _has_known_embeddings(pipeline: Any, parameters: set[str]) -> bool:

@@ -33,6 +33,10 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 Two clip by default what they predict to [-1, 1], as suits pixels; latents are not bounded.
 """
+BOUNDED_NOISE_SCHEDULERS = ("dpmsolver++_karras", "heun")
+"""They step in the ratio of noise to signal and need one that ends; a cosine schedule's hardly does."""
+MAX_NOISE_RATIO = 1000.0
+"""Of those. Stable Diffusion's schedule ends at 14.6, cosine schedules beyond 10,000."""
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _IDENTITY_SUFFIXES = {".json", ".model", ".safetensors", ".txt"}

@@ -26,7 +26,7 @@ from data_gen.embedded.training import StageConfig, digest_weights, replace_file
 
 AUTOENCODER = StageConfig(6000, 16, 5e-4, num_warmup_steps=100, decay_fraction=0.7)
 TEXT_ENCODER = StageConfig(1500, 64, 1e-3, num_warmup_steps=100, decay_fraction=0.5)
-DECODER = StageConfig(2000, 8, 5e-4, num_warmup_steps=100, decay_fraction=0.7)
+DECODER = StageConfig(6000, 8, 5e-4, num_warmup_steps=100, decay_fraction=0.7)
 DENOISER = StageConfig(12_000, 64, 1e-3, num_warmup_steps=300, decay_fraction=0.3, ema_decay=0.9995)
 DENOISER_RESTART = StageConfig(6000, 64, 1e-3, num_warmup_steps=200, decay_fraction=0.5, ema_decay=0.9995)
 
