@@ -33,7 +33,7 @@ class DemoConfig:
     model: str = "embedded"
     """The generator: embedded, a diffusers folder or a hub id."""
     num_captions: int | None = None
-    """Captions from the grammar; null is 600, or 128 if quick."""
+    """Captions from the grammar; null is 400, or 128 if quick."""
     num_steps: int | None = None
     """Optimizer steps of each training; null is 150, or 12 if quick."""
     seed: int = 0

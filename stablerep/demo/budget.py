@@ -70,8 +70,8 @@ class Budget:
 
 
 FULL = Budget(
-    # Sampling is the largest cost, about 0.1 s an image on two cores: four minutes of it.
-    num_captions=600,
+    # Sampling is the largest cost, about 0.1 s an image on two cores: three minutes of it.
+    num_captions=400,
     num_images_per_caption=4,
     # The shipped sampler's images no longer change visibly beyond it.
     num_inference_steps=16,

@@ -121,7 +121,7 @@ def _plan_generate(root: Path, budget: Budget, model: str, seed: int) -> Step:
         args=("generate", *_to_words(options)),
         outputs=(root / "shards",),
         inputs=("scenes",),
-        expected_seconds=8 + 0.007 * budget.num_images * budget.num_inference_steps,
+        expected_seconds=8 + 0.0085 * budget.num_images * budget.num_inference_steps,
         can_continue=True,
         salt=identify_model(model),
     )
