@@ -260,8 +260,8 @@ def _check_noise_range(scheduler: Any, name: str) -> None:
     ratio = ((1 - signal) / signal) ** 0.5 if signal > 0 else float("inf")
     if name in BOUNDED_NOISE_SCHEDULERS and ratio > MAX_NOISE_RATIO:
         raise ValueError(
-            f"scheduler {name} needs a noise schedule that ends at a noise of at most {MAX_NOISE_RATIO:g} times "
-            f"the signal, and the model's ends at {ratio:.0f}; dpmsolver++ and ddim take any"
+            f"scheduler {name} needs a noise schedule that ends at a noise of at most {MAX_NOISE_RATIO:g} "
+            f"times the signal, and the model's ends at {ratio:.0f}; dpmsolver++ and ddim take any"
         )
 
 
