@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed.stamp
-BENCHMARKS := $(wildcard benchmarks/*.py)
+# The judge is a part of the generator's benchmark.
+BENCHMARKS := $(filter-out benchmarks/scene_judge.py,$(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test check bench clean constraints
@@ -37,7 +38,7 @@ check: $(STAMP) ## format, lint, types, import rules
 bench: $(STAMP) ## every benchmark, one after another; tables on the screen and in benchmarks/results/
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
 
-clean: ## remove what the commands above wrote here, except .venv
+clean: ## remove builds, caches and demo/; .venv and runs/ stay
 	rm -rf build dist demo *.egg-info .mypy_cache .pytest_cache .ruff_cache lightning_logs
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 

@@ -70,7 +70,7 @@ class DiffusionGenerator:
 
     Raises:
         OSError: The folder cannot be loaded (damaged, or without safetensors).
-        ValueError: A setting is out of its range, or the pipeline takes no prompt.
+        ValueError: A setting is out of its range, there is no such device, or the pipeline takes no prompt.
     """
 
     def __init__(self, config: GeneratorConfig, model: ModelFiles, num_images_per_batch: int) -> None:
@@ -79,7 +79,7 @@ class DiffusionGenerator:
             raise ValueError(f"num_images_per_batch must be >= 1, got {num_images_per_batch}")
         self.config = config
         self.num_images_per_batch = num_images_per_batch
-        self.device = torch.device(_choose_device() if config.device == "auto" else config.device)
+        self.device = _find_device(config.device)
         self.pipeline = load_pipeline(config, model).to(self.device)
         self._parameters = set(inspect.signature(self.pipeline.__call__).parameters)
         if "prompt" not in self._parameters:
@@ -96,7 +96,7 @@ class DiffusionGenerator:
         return {
             "torch": torch.__version__,
             "numpy": np.__version__,
-            "device": "cpu" if is_cpu else torch.cuda.get_device_name(self.device),
+            "device": _name_device(self.device),
             "num_threads": torch.get_num_threads() if is_cpu else None,
             "cpu_capability": torch.backends.cpu.get_cpu_capability() if is_cpu else None,
             "dtype": self.config.dtype,
@@ -292,7 +292,19 @@ def _batched(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
         yield batch
 
 
-def _choose_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+def _find_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(
+            f"generator.device must be auto, cpu or an accelerator of this machine, got {name} ({reason})"
+        ) from error
+    return device
+
+
+def _name_device(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -26,6 +26,7 @@ from data_gen.shards import (
     Shard,
     ShardError,
     check_sizes,
+    find_folder,
     hash_settings,
     read_manifest,
     read_shard,
@@ -97,7 +98,7 @@ def run(config: GenerateConfig) -> int:
         OSError: The model is missing, or the output cannot be written.
     """
     config.check()
-    root = Path(config.output)
+    root = find_folder(config.output)
     captions = read_captions(config.captions, config.limit)
     _check_writable(root)
     model = find_model(config.generator)

@@ -50,7 +50,8 @@ class GeneratorConfig:
         model: "embedded" (the small one shipped here), a diffusers folder, or a hub id such as "owner/name".
         revision: Branch, tag or commit of a hub model; None is its main branch. The commit is recorded.
         scheduler: One of ddim, ddpm, dpmsolver++, dpmsolver++_karras, sde-dpmsolver++, euler,
-            euler_ancestral, heun, lcm, pndm, unipc; None is the model's own.
+            euler_ancestral, heun, lcm, pndm, unipc; None is the model's own. heun and Karras's noise levels
+            do not fit a cosine schedule, as the embedded model's, and are refused there.
         num_inference_steps: Denoising steps of an image, >= 1.
         guidance_scale: Weight of classifier-free guidance, >= 0; at 1 or below, no second pass is run.
         negative_prompt: Text that guidance leads away from.

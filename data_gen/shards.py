@@ -28,6 +28,7 @@ MAX_TEXT_MEMBER_BYTES = 1 << 20
 MAX_IMAGE_MEMBER_BYTES = 64 << 20
 MAX_IMAGE_PIXELS = 64 << 20
 
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # Path() leaves one slash of two
 _MEMBER_NAME = re.compile(r"([0-9A-Za-z_-]+)\.(json|txt|(\d+)\.(jpg|png|webp))")
 
 
@@ -142,6 +143,17 @@ def to_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
 
 
+def find_folder(root: str | Path) -> Path:
+    """The dataset's folder, which may not exist yet.
+
+    Raises:
+        ValueError: It is a URL; datasets are local folders so far.
+    """
+    if _URL.match(str(root)):
+        raise ValueError(f"{root} is a URL; a dataset must be a local (or mounted) folder")
+    return Path(root)
+
+
 def read_manifest(root: str | Path) -> DatasetManifest:
     """Reads `dataset.json`.
 
@@ -150,9 +162,10 @@ def read_manifest(root: str | Path) -> DatasetManifest:
 
     Raises:
         FileNotFoundError: There is no `dataset.json`.
+        ValueError: The folder is a URL.
         ShardError: It is not a manifest of this schema version.
     """
-    path = Path(root) / MANIFEST_NAME
+    path = find_folder(root) / MANIFEST_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{root} is not a dataset: it has no {MANIFEST_NAME}")
     values = _read_json_object(path)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import find_classes
-from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize
 
 from stablerep import distributed
 from stablerep.augment import normalize
+from stablerep.evaluation.features import build_eval_transform
 from stablerep.evaluation.knn import knn_classify
 from stablerep.evaluation.labelled import decode_image
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 def read_labelled_images(
     folder: Path, classes: list[str], image_size: int, num_images: int, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """A fixed random selection of an image folder `<class>/<image>`, shorter side resized, centre cropped.
+    """A fixed random selection of an image folder `<class>/<image>`, under the evaluation's transform.
 
     Labels are places in `classes`, so that a split without images of a class does not shift those after it.
 
@@ -40,11 +40,9 @@ def read_labelled_images(
         raise ValueError(f"labelled images {folder} have a class '{unknown[0]}' that train has not")
     samples = [(path, classes.index(found.classes[label])) for path, label in found.samples]
     chosen = np.sort(np.random.default_rng(seed).permutation(len(samples))[:num_images])
-    images = []
-    for index in chosen:
-        path = samples[index][0]
-        image = pil_to_tensor(decode_image(Path(path).read_bytes(), path))
-        images.append(center_crop(resize(image, [image_size], antialias=True), [image_size, image_size]))
+    transform = build_eval_transform(image_size)
+    paths = [samples[index][0] for index in chosen]
+    images = [transform(decode_image(Path(path).read_bytes(), path)) for path in paths]
     return torch.stack(images), torch.tensor([samples[index][1] for index in chosen])
 
 

@@ -26,7 +26,7 @@ _CROP_SIZES = ((0.8, 16), (0.92, 32), (1.0, IMAGE_SIZE))
 
 
 def build_autoencoder() -> AutoencoderKL:
-    """Build the untrained network, 1.5 million parameters."""
+    """Build the untrained network, 1.4 million parameters."""
     return AutoencoderKL(
         sample_size=IMAGE_SIZE,
         down_block_types=("DownEncoderBlock2D",) * 3,

@@ -19,8 +19,8 @@ class Budget:
         num_steps: Optimizer steps of each of the two trainings.
         num_warmup_steps: Steps of the learning rate's warm-up.
         num_captions_per_step: Captions in a step of StableRep.
-        num_views_per_caption: Images of each of them. SimCLR sees as many images a step: two crops each of
-            num_captions_per_step · num_views_per_caption / 2 captions' images.
+        num_views_per_caption: Images of each of them. SimCLR sees as many crops a step: two of one image of
+            each of num_captions_per_step · num_views_per_caption / 2 captions.
         num_steps_between_knn: Steps between two points of the k-NN curves.
         fit_options: Further options of both trainings, as on the command line.
         num_probe_epochs: Epochs of the linear probe.
@@ -70,7 +70,7 @@ class Budget:
 
 
 FULL = Budget(
-    # Sampling is the largest cost, about 0.1 s an image on two cores: three minutes of it.
+    # Sampling is the largest cost, about 0.13 s an image on two cores: three and a half minutes of it.
     num_captions=400,
     num_images_per_caption=4,
     # The shipped sampler's images no longer change visibly beyond it.

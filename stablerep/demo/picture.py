@@ -13,6 +13,7 @@ MAX_BYTES = 200_000
 _WIDTH, _MARGIN, _GAP = 1200, 40, 8
 _NUM_CAPTIONS, _NUM_IMAGES, _IMAGE_SIZE = 6, 4, 128
 _BAR_HEIGHT, _ROW_HEIGHT = 20, 34
+_PROTOCOLS = ("linear_heldout", "knn20")
 _PAPER, _INK, _SOFT, _RULE = "#ffffff", "#16191d", "#59616b", "#dfe3e7"
 _COLOURS = {"stablerep": "#0072b2", "simclr": "#d55e00", "random": "#7a828b"}
 
@@ -34,7 +35,7 @@ def draw_picture(results: dict[str, Any], grid: Sequence[GridRow]) -> bytes:
     for index, row in enumerate(rows):
         left = _MARGIN + (index % 2) * (column_width + _MARGIN)
         _draw_row(picture, draw, row, left, _MARGIN + index // 2 * block_height, column_width)
-    for index, protocol in enumerate(PROTOCOL_TITLES):
+    for index, protocol in enumerate(_PROTOCOLS):
         left = _MARGIN + index * (column_width + _MARGIN)
         _draw_scores(draw, results, protocol, left, _MARGIN + grid_height + 8, column_width)
     return _encode(picture)

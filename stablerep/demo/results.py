@@ -16,7 +16,11 @@ from stablerep.evaluation.report import compare_runs, read_results
 
 RUN_TITLES = {"stablerep": "StableRep", "simclr": "SimCLR", "random": "random initialisation"}
 """The three sets of weights, in the order that is claimed."""
-PROTOCOL_TITLES = {"linear_heldout": "linear probe", "knn20": "k-NN"}
+PROTOCOL_TITLES = {
+    "linear_heldout": "linear probe",
+    "linear_bn_heldout": "linear probe after batch norm",
+    "knn20": "k-NN",
+}
 """The scores on which the claim rests: the probe's settings are chosen without the test images."""
 NUM_GRID_CAPTIONS = 8
 _STEPS_BEFORE = {"loss": 1, "knn_top1": 0}

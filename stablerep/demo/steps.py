@@ -146,7 +146,7 @@ def _plan_fit(
         args=("fit", "--config", CONFIG, *_to_words(options), *budget.fit_options),
         outputs=(root / name,),
         inputs=("scenes", "generate"),
-        expected_seconds=10 + budget.num_steps * budget.num_images_per_step / 250,
+        expected_seconds=10 + budget.num_steps * budget.num_images_per_step / 350,
         salt=identify_config(CONFIG),
     )
 

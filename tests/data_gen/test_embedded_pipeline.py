@@ -108,11 +108,12 @@ def test_scheduler_that_cannot_sample_a_cosine_schedule_is_refused(scheduler: st
         load_pipeline(config, find_model(config))
 
 
-def test_guidance_changes_the_image_and_none_is_one_pass() -> None:
+def test_guidance_changes_the_image() -> None:
     (guided,), (plain,) = (draw("a green star", guidance_scale=scale) for scale in (2.0, 1.0))
     assert np.abs(guided - plain).mean() > 1
 
 
 def test_real_captions_in_any_script_are_drawn() -> None:
     images = draw("猫と犬 🦄", "Ωμέγα naïve café", "a man riding a wave on top of a surfboard", num_images=1)
-    assert images.std(axis=(2, 3, 4)).min() > 5
+    deviations = images.std(axis=(2, 3)).mean(axis=-1)  # over places, within a colour channel
+    assert deviations.min() > 5

@@ -288,6 +288,12 @@ def test_a_setting_out_of_its_range_is_named_with_its_bound(change: dict[str, An
         dataclasses.replace(GeneratorConfig(), **change).check()
 
 
+@pytest.mark.parametrize("device", ["cuda:77", "no-device"])
+def test_a_device_that_is_not_there_is_named(build: Callable[..., DiffusionGenerator], device: str) -> None:
+    with pytest.raises(ValueError, match=f"generator.device must be auto, cpu or .*, got {device} "):
+        build(device=device)
+
+
 def test_a_hub_model_out_of_reach_is_named() -> None:
     with pytest.raises(OSError, match=r"^hub model no-owner/no-name cannot be had .*: .+$") as caught:
         find_model(GeneratorConfig(model="no-owner/no-name"))

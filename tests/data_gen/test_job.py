@@ -320,6 +320,19 @@ def test_an_unwritable_output_is_named_before_the_model_is_looked_for(
     assert f"output {output} cannot be written: Not a directory" in error_line(capsys, *options)
 
 
+def test_a_url_as_output_is_refused_rather_than_written_to_a_folder_of_its_name(
+    tmp_path: Path, captions_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = set(tmp_path.iterdir())
+    options = ["--captions", str(captions_file), "--output", "s3://bucket/dataset"]
+    assert "s3://bucket/dataset is a URL; a dataset must be a local" in error_line(capsys, *options)
+    for url in ("s3://bucket/dataset", Path("s3://bucket/dataset")):
+        with pytest.raises(ValueError, match="is a URL"):
+            read_manifest(url)
+    assert set(tmp_path.iterdir()) == before
+
+
 def test_a_missing_model_is_named(
     tmp_path: Path, captions_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

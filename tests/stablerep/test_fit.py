@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from stablerep.backbones import load_backbone
+from stablerep.backbones import build_backbone, load_backbone
 from stablerep.cli import main
 from stablerep.fit import choose_run_folder, count_devices, find_checkpoint
 from tests.stablerep.datasets import write_dataset, write_image_folder
@@ -63,6 +63,25 @@ def test_one_step_of_each_shipped_config_runs(config: str, folders: list[str], t
     assert backbone(torch.zeros(1, 3, 64, 64)).shape == (1, 16)
 
 
+@pytest.mark.e2e
+def test_one_step_of_the_embedded_config_runs_at_its_own_size(tmp_path: Path, folders: list[str]) -> None:
+    write_dataset(tmp_path / "enough", [64], num_images=4, size=64)
+    options = ["--data.root", str(tmp_path / "enough"), "--trainer.accelerator", "cpu"]
+    assert fit(*folders, *options, "--trainer.max_steps", "1") == 0
+    backbone = load_backbone(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert backbone(torch.zeros(1, 3, 64, 64)).shape == (1, 96)
+
+
+@pytest.mark.parametrize("config", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+def test_model_of_each_shipped_config_can_be_built_at_its_own_size(config: str) -> None:
+    values = yaml.safe_load((CONFIGS / f"{config}.yaml").read_text())
+    model, image_size = values["model"], values["data"]["image_size"]
+    with torch.device("meta"):
+        backbone = build_backbone(model["backbone"], image_size, model.get("backbone_options"))
+        images = torch.zeros(2, 3, image_size, image_size)
+    assert backbone(images).shape == (2, backbone.num_features)
+
+
 @pytest.mark.parametrize("config", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
 def test_arithmetic_in_the_config_is_what_it_sets(config: str) -> None:
     text = (CONFIGS / f"{config}.yaml").read_text()
@@ -90,7 +109,8 @@ def test_option_that_a_resumed_optimizer_would_ignore_is_refused(
     assert fit(*folders, *SMALL, "--trainer.max_steps", "1") == 0
     changed = ["--model.optimizer.learning_rate", "0.5", "--ckpt_path", "last"]
     assert fit(*folders, *SMALL, "--trainer.max_steps", "2", *changed) == 1
-    assert "model.optimizer.learning_rate is 0.001 in checkpoint" in capsys.readouterr().err
+    rate = yaml.safe_load((CONFIGS / "embedded.yaml").read_text())["model"]["optimizer"]["learning_rate"]
+    assert f"model.optimizer.learning_rate is {rate} in checkpoint" in capsys.readouterr().err
 
 
 @pytest.mark.e2e
