@@ -18,7 +18,7 @@ RUN_TITLES = {"stablerep": "StableRep", "simclr": "SimCLR", "random": "random in
 """The three sets of weights, in the order that is claimed."""
 PROTOCOL_TITLES = {
     "linear_heldout": "linear probe",
-    "linear_bn_heldout": "linear probe after batch norm",
+    "linear_bn_heldout": "linear probe after BatchNorm",
     "knn20": "k-NN",
 }
 """The scores on which the claim rests: the probe's settings are chosen without the test images."""
@@ -118,17 +118,12 @@ def judge(differences: Sequence[Difference], label_by: str) -> dict[str, Any]:
             + "."
         )
     else:
-        parts = [
-            f"{RUN_TITLES[difference.above]} is {_points(difference.difference)} points above "
-            f"{RUN_TITLES[difference.below]} ({_points(difference.low)} to {_points(difference.high)}) "
-            f"by {PROTOCOL_TITLES[difference.protocol]}"
-            for difference in differences
-        ]
+        parts = [_explain_success(protocol, differences) for protocol in PROTOCOL_TITLES]
         text = f"The claim holds: at naming the {label_by}, " + "; ".join(parts) + "."
     return {
         "holds": not failed,
         "statement": f"At naming the {label_by}: StableRep > SimCLR > random initialisation, each by more "
-        "than the 95 % interval of the paired difference, under the linear probe and under k-NN",
+        "than the 95 % interval of the paired difference, by " + ", ".join(PROTOCOL_TITLES.values()),
         "verdict": text,
     }
 
@@ -174,6 +169,16 @@ def describe_machine() -> dict[str, Any]:
         "accelerator": device,
         "system": f"{platform.system()} {platform.machine()}",
     }
+
+
+def _explain_success(protocol: str, differences: Sequence[Difference]) -> str:
+    parts = [
+        f"{RUN_TITLES[found.above]} is {_points(found.difference)} points above {RUN_TITLES[found.below]} "
+        f"({_points(found.low)} to {_points(found.high)})"
+        for found in differences
+        if found.protocol == protocol
+    ]
+    return f"by {PROTOCOL_TITLES[protocol]}, " + " and ".join(parts)
 
 
 def _explain_failure(difference: Difference) -> str:
