@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -113,11 +114,20 @@ def test_option_that_a_resumed_optimizer_would_ignore_is_refused(
     assert f"model.optimizer.learning_rate is {rate} in checkpoint" in capsys.readouterr().err
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C reaches what the test starts, even where a shell began pytest in the background."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
 @pytest.mark.e2e
+@pytest.mark.usefixtures("interruptible")
 def test_interrupted_run_says_so(folders: list[str], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "stablerep.cli", "fit", "--config", str(CONFIGS / "embedded.yaml")]
     with subprocess.Popen(
-        [*command, *folders, *SMALL, "--trainer.max_steps", "1000000", "--trainer.max_epochs", "-1"],
+        [*command, *folders, *SMALL, "--trainer.max_steps", "1000000", "--trainer.max_time", "00:00:03:00"],
         env=os.environ | {"PYTHONPATH": str(CONFIGS.parent), "OMP_NUM_THREADS": "1"},
         cwd=tmp_path,
         stderr=subprocess.PIPE,
