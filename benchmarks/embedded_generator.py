@@ -30,11 +30,11 @@ from numpy.typing import NDArray
 from scene_judge import SceneJudge, judge_images, load_judge
 from tqdm import tqdm
 
-from data_gen.captions import Caption, caption_id
+from data_gen.captions import caption_id
 from data_gen.embedded.examples import SceneBank
 from data_gen.embedded.text import NUM_TOKENIZER_CAPTIONS, draw_training_captions
 from data_gen.embedded.training import StageConfig, draws_of
-from data_gen.generator import DiffusionGenerator
+from data_gen.generator import DiffusionGenerator, ImageRequest
 from data_gen.models import GeneratorConfig, find_model
 from data_gen.scene_rendering import render
 from data_gen.scenes import (
@@ -157,14 +157,14 @@ class _Bench:
         """The judge's class of every picture: a dict of [captions, num_images]."""
         started = time.perf_counter()
         self.generator.config = replace(self.generator.config, guidance_scale=guidance_scale)
-        captions = [Caption(caption_id(d.text), d.text) for d in descriptions]
-        made = self.generator.generate(captions, num_images, seed=0)
-        bar = tqdm(made, f"guidance {guidance_scale:g}", len(captions), mininterval=10)
+        requests = [ImageRequest(caption_id(d.text), d.text, tuple(range(num_images))) for d in descriptions]
+        made = self.generator.generate(requests, seed=0)
+        bar = tqdm(made, f"guidance {guidance_scale:g}", len(requests), mininterval=10)
         images = np.stack([image for result in bar for image in result.images])
         self.seconds += time.perf_counter() - started
         self.num_images += len(images)
         answers = judge_images(self.judge, images)
-        return {name: values.reshape(len(captions), num_images) for name, values in answers.items()}
+        return {name: values.reshape(len(requests), num_images) for name, values in answers.items()}
 
     def fidelity(self, descriptions: Sequence[Description], guidance_scale: float) -> dict[str, Share]:
         """Share of captions whose picture has the value that they say, by attribute."""

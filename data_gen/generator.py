@@ -4,9 +4,15 @@ One fixed batch shape (the last batch is padded), noise keyed by content (`data_
 depend on the others of its batch. A caption is encoded once and its embedding serves all of its images.
 """
 
+import gc
+import hashlib
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib.metadata import version
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -14,16 +20,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from data_gen.captions import Caption
-from data_gen.models import (
-    BOUNDED_NOISE_SCHEDULERS,
-    MAX_NOISE_RATIO,
-    SCHEDULERS,
-    GeneratorConfig,
-    ModelFiles,
-    forbid_remote_code,
+from data_gen.guidance import (
+    PIPELINE_SCALE,
+    GuidanceRange,
+    draw_guidance_scale,
+    guide_each_image,
+    is_fixed,
 )
+from data_gen.models import GeneratorConfig, ModelFiles
 from data_gen.noise import draw_noise, image_seed
+from data_gen.pipelines import has_known_latents, load_pipeline
+from data_gen.shards import to_json
 
 NUM_CAPTIONS_PER_ENCODING = 16
 
@@ -32,32 +39,63 @@ _Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
-class GeneratedCaption:
-    """All images of one caption, or the reason why it has none.
+class ImageRequest:
+    """The images that are wanted of one caption.
 
     Args:
-        caption: The caption.
-        images: uint8 arrays, one an image.
+        key: What the noise is keyed by: the caption's id, or "caption_id-OCCURRENCE".
+        text: The caption.
+        image_indices: Which of its images, at least one.
+    """
+
+    key: str
+    text: str
+    image_indices: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class GeneratedCaption:
+    """The images of one request, or the reason why it has none.
+
+    Args:
+        request: What was asked for.
+        images: uint8 arrays, one an image index.
         image_seeds: The noise key of each image.
+        guidance_scales: The guidance scale of each image.
+        fingerprints: The id of the machine settings under which each image was made, a key of
+            `DiffusionGenerator.fingerprints`.
         failure: None, or "safety_checker" or "non_finite"; then none of the images is to be used.
 
     Shapes:
         images: each [height, width, 3].
     """
 
-    caption: Caption
+    request: ImageRequest
     images: tuple[npt.NDArray[np.uint8], ...]
     image_seeds: tuple[str, ...]
+    guidance_scales: tuple[float, ...]
+    fingerprints: tuple[str, ...]
     failure: str | None
 
 
 @dataclass(frozen=True)
-class _Job:
+class _Plan:
     """One image to make."""
 
-    caption: Caption
+    request: ImageRequest
     embeddings: _Embeddings
     seed: str
+    guidance_scale: float
+
+
+@dataclass(frozen=True)
+class _Image:
+    """One image made."""
+
+    plan: _Plan
+    pixels: npt.NDArray[np.uint8]
+    fingerprint: str
+    failure: str | None
 
 
 class DiffusionGenerator:
@@ -66,7 +104,11 @@ class DiffusionGenerator:
     Args:
         config: The model's settings.
         model: Where its weights are, from `find_model`.
-        num_images_per_batch: Batch of the denoising network, > 0; every batch has this size.
+        num_images_per_batch: Batch of the denoising network, > 0; every batch has this size, until one does
+            not fit into memory: from there on, half of it.
+
+    Attributes:
+        fingerprints: Every fingerprint that an image was made under so far, by its id.
 
     Raises:
         OSError: The folder cannot be loaded (damaged, or without safetensors).
@@ -79,6 +121,7 @@ class DiffusionGenerator:
             raise ValueError(f"num_images_per_batch must be >= 1, got {num_images_per_batch}")
         self.config = config
         self.num_images_per_batch = num_images_per_batch
+        self.fingerprints: dict[str, dict[str, Any]] = {}
         self.device = _find_device(config.device)
         self.pipeline = load_pipeline(config, model).to(self.device)
         self._parameters = set(inspect.signature(self.pipeline.__call__).parameters)
@@ -88,68 +131,124 @@ class DiffusionGenerator:
                 f"model {model.name} is a {name}, which takes no prompt: no text-to-image pipeline"
             )
         self._encodes_once = _has_known_embeddings(self.pipeline, self._parameters)
+        if not is_fixed(config.guidance_scale):
+            self._check_guides_by_two_halves(model.name)
         self.height, self.width = _image_size(self.pipeline, config)
+
+    def _check_guides_by_two_halves(self, model: str) -> None:
+        """What can be seen before the first batch; `guide_each_image` sees the rest."""
+        takes_scale = self._encodes_once and self.pipeline.unet.config.get("time_cond_proj_dim") is not None
+        if takes_scale or not self._encodes_once:
+            reason = "its UNet takes the scale as an input" if takes_scale else "it has no such UNet"
+            raise ValueError(
+                f"guidance_scale must be one number for model {model} ({type(self.pipeline).__name__}), got "
+                f"{self.config.guidance_scale}: a scale for each image is set between the two halves of a "
+                f"Stable Diffusion UNet's batch, and {reason}"
+            )
 
     def fingerprint(self) -> dict[str, Any]:
         """Machine settings within which equal seeds give equal images, bit for bit."""
-        is_cpu = self.device.type == "cpu"
-        return {
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "device": _name_device(self.device),
-            "num_threads": torch.get_num_threads() if is_cpu else None,
-            "cpu_capability": torch.backends.cpu.get_cpu_capability() if is_cpu else None,
-            "dtype": self.config.dtype,
-            "num_images_per_batch": self.num_images_per_batch,
-            "num_captions_per_encoding": NUM_CAPTIONS_PER_ENCODING,
-        }
+        return _describe(self.config, self.device, torch.get_num_threads(), self.num_images_per_batch)
 
-    def count_truncated(self, captions: Sequence[Caption]) -> int:
-        """Captions of which the (first) tokenizer leaves out an end."""
+    def count_truncated(self, texts: Sequence[str]) -> int:
+        """Texts of which the (first) tokenizer leaves out an end."""
         tokenizer = getattr(self.pipeline, "tokenizer", None)
-        if tokenizer is None or not captions:
+        if tokenizer is None or not texts:
             return 0
-        tokens = tokenizer([caption.text for caption in captions], verbose=False).input_ids
+        tokens = tokenizer(list(texts), verbose=False).input_ids
         return sum(len(row) > tokenizer.model_max_length for row in tokens)
 
-    def generate(
-        self, captions: Sequence[Caption], num_images_per_caption: int, seed: int
-    ) -> Iterator[GeneratedCaption]:
-        """Makes `num_images_per_caption` images of each caption, in order.
+    def generate(self, requests: Iterable[ImageRequest], seed: int) -> Iterator[GeneratedCaption]:
+        """Makes the images that are asked for, in order.
 
         Args:
-            captions: What to draw.
-            num_images_per_caption: Images of each, > 0.
+            requests: What to draw; read as far as the next batches need it.
             seed: Seed of the dataset.
 
         Yields:
-            One result a caption, as soon as its last image is there.
+            One result a request, as soon as its last image is there.
+
+        Raises:
+            OSError: Not even a batch of one image fits into memory.
         """
-        made: list[tuple[_Job, npt.NDArray[np.uint8], str | None]] = []
-        for jobs in _batched(self._plan(captions, num_images_per_caption, seed), self.num_images_per_batch):
-            images, failures = self._run(jobs)
-            made += zip(jobs, images, failures, strict=True)
-            while len(made) >= num_images_per_caption:
-                done, made = made[:num_images_per_caption], made[num_images_per_caption:]
+        made: deque[_Image] = deque()
+        for batch in self._make(self._plan(requests, seed)):
+            made.extend(batch)
+            while made and len(made) >= (num := len(made[0].plan.request.image_indices)):
+                done = [made.popleft() for _ in range(num)]
                 yield GeneratedCaption(
-                    caption=done[0][0].caption,
-                    images=tuple(image for _, image, _ in done),
-                    image_seeds=tuple(job.seed for job, _, _ in done),
-                    failure=next((failure for _, _, failure in done if failure), None),
+                    request=done[0].plan.request,
+                    images=tuple(image.pixels for image in done),
+                    image_seeds=tuple(image.plan.seed for image in done),
+                    guidance_scales=tuple(image.plan.guidance_scale for image in done),
+                    fingerprints=tuple(image.fingerprint for image in done),
+                    failure=next((image.failure for image in done if image.failure), None),
                 )
 
-    def _plan(self, captions: Sequence[Caption], num_images_per_caption: int, seed: int) -> Iterator[_Job]:
-        for chunk in _batched(captions, NUM_CAPTIONS_PER_ENCODING):
-            for caption, embeddings in zip(chunk, self._encode(chunk), strict=True):
-                for index in range(num_images_per_caption):
-                    yield _Job(caption, embeddings, image_seed(seed, caption.caption_id, index))
+    def _plan(self, requests: Iterable[ImageRequest], seed: int) -> Iterator[_Plan]:
+        for chunk in _batched(requests, NUM_CAPTIONS_PER_ENCODING):
+            for request, embeddings in zip(chunk, self._encode(chunk), strict=True):
+                for index in request.image_indices:
+                    key = image_seed(seed, request.key, index)
+                    yield _Plan(
+                        request, embeddings, key, draw_guidance_scale(self.config.guidance_scale, key)
+                    )
+
+    def _make(self, plans: Iterator[_Plan]) -> Iterator[list[_Image]]:
+        """Runs batch after batch; one that does not fit into memory is run again in halves."""
+        waiting: list[_Plan] = []
+        while True:
+            waiting += islice(plans, max(0, self.num_images_per_batch - len(waiting)))
+            if not waiting:
+                return
+            batch = waiting[: self.num_images_per_batch]
+            shortage = None
+            try:
+                images, failures = self._run(batch)
+            except (RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                shortage = " ".join(str(error).split())[:160]
+            if shortage is not None:  # outside of `except`, whose error holds on to the batch's tensors
+                self._halve_batch(shortage)
+                continue
+            waiting = waiting[len(batch) :]
+            fingerprint = self._record_fingerprint()
+            yield [
+                _Image(plan, pixels, fingerprint, failure)
+                for plan, pixels, failure in zip(batch, images, failures, strict=True)
+            ]
+
+    def _halve_batch(self, shortage: str) -> None:
+        size = self.num_images_per_batch
+        if size == 1:
+            raise OSError(
+                f"{_name_device(self.device)} has too little memory for a batch of one image of "
+                f"{self.width}×{self.height} pixels ({shortage})"
+            )
+        self.num_images_per_batch = size // 2
+        gc.collect()
+        if self.device.type != "cpu":
+            torch.accelerator.empty_cache()
+        print(
+            f"stablerep generate: a batch of {size} images does not fit into memory; going on with "
+            f"{self.num_images_per_batch}, under another fingerprint ({shortage})",
+            file=sys.stderr,
+        )
+
+    def _record_fingerprint(self) -> str:
+        """The id of the present fingerprint, which is kept under it."""
+        fingerprint = self.fingerprint()
+        identity = fingerprint_id(fingerprint)
+        self.fingerprints.setdefault(identity, fingerprint)
+        return identity
 
     @torch.inference_mode()
-    def _encode(self, captions: Sequence[Caption]) -> list[_Embeddings]:
+    def _encode(self, requests: Sequence[ImageRequest]) -> list[_Embeddings]:
         """Text embeddings by the name of the pipeline's argument, in one batch of fixed shape."""
         if not self._encodes_once:
-            return [{} for _ in captions]
-        padded = [captions[min(row, len(captions) - 1)].text for row in range(NUM_CAPTIONS_PER_ENCODING)]
+            return [{} for _ in requests]
+        padded = [requests[min(row, len(requests) - 1)].text for row in range(NUM_CAPTIONS_PER_ENCODING)]
         encoded = self.pipeline.encode_prompt(
             prompt=padded,
             device=self.device,
@@ -164,28 +263,32 @@ class DiffusionGenerator:
             "negative_pooled_prompt_embeds",
         )
         tensors = {name: tensor for name, tensor in zip(names, encoded, strict=False) if tensor is not None}
-        return [{name: tensor[row] for name, tensor in tensors.items()} for row in range(len(captions))]
+        return [{name: tensor[row] for name, tensor in tensors.items()} for row in range(len(requests))]
 
     @torch.inference_mode()
-    def _run(self, jobs: Sequence[_Job]) -> tuple[npt.NDArray[np.uint8], list[str | None]]:
-        """One batch of the pipeline, padded with its last image; uint8 [len(jobs), H, W, 3] and failures."""
-        padded = [jobs[min(row, len(jobs) - 1)] for row in range(self.num_images_per_batch)]
+    def _run(self, plans: Sequence[_Plan]) -> tuple[npt.NDArray[np.uint8], list[str | None]]:
+        """One batch of the pipeline, padded with its last image; uint8 [len(plans), H, W, 3] and failures."""
+        padded = [plans[min(row, len(plans) - 1)] for row in range(self.num_images_per_batch)]
+        scales, fixed = [plan.guidance_scale for plan in padded], is_fixed(self.config.guidance_scale)
         arguments: dict[str, Any] = {
             "num_inference_steps": self.config.num_inference_steps,
-            "guidance_scale": self.config.guidance_scale,
+            "guidance_scale": scales[0] if fixed else PIPELINE_SCALE,
             "height": self.height,
             "width": self.width,
             "output_type": "pt",
-            "generator": [self._torch_generator(job.seed) for job in padded],
+            "generator": [self._torch_generator(plan.seed) for plan in padded],
             **self._conditions(padded),
         }
         if self._encodes_once:
             arguments["latents"] = self._latents(padded)
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+        with (
+            nullcontext() if fixed else guide_each_image(self.pipeline.unet, scales),
+            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True),
+        ):
             output = self.pipeline(
                 **{name: arguments[name] for name in arguments if name in self._parameters}
             )
-        pixels = output.images[: len(jobs)].float()
+        pixels = output.images[: len(plans)].float()
         finite = pixels.isfinite().flatten(1).all(dim=1).tolist()
         flagged = getattr(output, "nsfw_content_detected", None) or [False] * len(padded)
         failures = [
@@ -195,18 +298,18 @@ class DiffusionGenerator:
         images = pixels.nan_to_num(0.0).clamp(0, 1).mul(255).round().to(torch.uint8)
         return images.permute(0, 2, 3, 1).cpu().numpy(), failures
 
-    def _conditions(self, jobs: Sequence[_Job]) -> dict[str, Any]:
+    def _conditions(self, plans: Sequence[_Plan]) -> dict[str, Any]:
         if not self._encodes_once:
-            texts = [job.caption.text for job in jobs]
-            return {"prompt": texts, "negative_prompt": self._negative_prompts(len(jobs))}
-        return {name: torch.stack([job.embeddings[name] for job in jobs]) for name in jobs[0].embeddings}
+            texts = [plan.request.text for plan in plans]
+            return {"prompt": texts, "negative_prompt": self._negative_prompts(len(plans))}
+        return {name: torch.stack([plan.embeddings[name] for plan in plans]) for name in plans[0].embeddings}
 
-    def _latents(self, jobs: Sequence[_Job]) -> torch.Tensor:
+    def _latents(self, plans: Sequence[_Plan]) -> torch.Tensor:
         """Unit noise; the pipeline itself scales it to its scheduler's first noise level."""
         pipeline = self.pipeline
         scale = pipeline.vae_scale_factor
         shape = (pipeline.unet.config.in_channels, self.height // scale, self.width // scale)
-        noise = np.stack([draw_noise(job.seed, shape) for job in jobs])
+        noise = np.stack([draw_noise(plan.seed, shape) for plan in plans])
         return torch.from_numpy(noise).to(device=self.device, dtype=getattr(torch, self.config.dtype))
 
     def _torch_generator(self, seed: str) -> torch.Generator:
@@ -219,65 +322,66 @@ class DiffusionGenerator:
 
     @property
     def _guided(self) -> bool:
-        return self.config.guidance_scale > 1
+        scale = self.config.guidance_scale
+        return isinstance(scale, list | GuidanceRange) or scale > 1
 
 
-def load_pipeline(config: GeneratorConfig, model: ModelFiles) -> Any:
-    """Loads a diffusers pipeline from its folder: safetensors only, no code but the library's.
+def describe_machine(
+    config: GeneratorConfig, device: str, num_threads: int | None, num_images_per_batch: int
+) -> dict[str, Any]:
+    """The fingerprint that a generator on this machine will have, without loading it.
+
+    With `config.compile` on the CPU, the C++ compiler has its part too; it is not recorded.
+
+    Args:
+        config: The model's settings.
+        device: Where it will run.
+        num_threads: Threads of its process; None for as many as this one has.
+        num_images_per_batch: Batch of the denoising network.
 
     Raises:
-        OSError: The folder cannot be loaded.
-        ValueError: The scheduler that was asked for cannot sample with the model's noise schedule.
+        ValueError: There is no such device.
     """
-    forbid_remote_code()
-    import diffusers
-    from transformers.utils import logging as transformers_logging
-
-    for logging in (diffusers.utils.logging, transformers_logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-    try:
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            model.folder,
-            dtype=getattr(torch, config.dtype),
-            use_safetensors=True,
-            local_files_only=True,
-            low_cpu_mem_usage=True,
-        )
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise OSError(f"model folder {model.folder} cannot be loaded: {reason}") from error
-    if config.scheduler is not None:
-        class_name, settings = SCHEDULERS[config.scheduler]
-        pipeline.scheduler = getattr(diffusers, class_name).from_config(pipeline.scheduler.config, **settings)
-        _check_noise_range(pipeline.scheduler, config.scheduler)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return _describe(
+        config, _find_device(device), num_threads or torch.get_num_threads(), num_images_per_batch
+    )
 
 
-def _check_noise_range(scheduler: Any, name: str) -> None:
-    signal = float(scheduler.alphas_cumprod[-1])
-    ratio = ((1 - signal) / signal) ** 0.5 if signal > 0 else float("inf")
-    if name in BOUNDED_NOISE_SCHEDULERS and ratio > MAX_NOISE_RATIO:
-        raise ValueError(
-            f"scheduler {name} needs a noise schedule that ends at a noise of at most {MAX_NOISE_RATIO:g} "
-            f"times the signal, and the model's ends at {ratio:.0f}; dpmsolver++ and ddim take any"
-        )
+def _describe(
+    config: GeneratorConfig, device: torch.device, num_threads: int, num_images_per_batch: int
+) -> dict[str, Any]:
+    is_cpu = device.type == "cpu"
+    return {
+        "torch": torch.__version__,
+        "diffusers": version("diffusers"),
+        "transformers": version("transformers"),
+        "torchao": version("torchao") if config.int8 else None,
+        "numpy": np.__version__,
+        "device": _name_device(device),
+        "num_threads": num_threads if is_cpu else None,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability() if is_cpu else None,
+        "dtype": config.dtype,
+        "channels_last": config.channels_last,
+        "compile": config.compile,
+        "int8": config.int8,
+        "num_images_per_batch": num_images_per_batch,
+        "num_captions_per_encoding": NUM_CAPTIONS_PER_ENCODING,
+    }
+
+
+def fingerprint_id(fingerprint: Mapping[str, Any]) -> str:
+    """First 12 hex digits of sha256 over the fingerprint as canonical JSON."""
+    return hashlib.sha256(to_json(fingerprint).encode()).hexdigest()[:12]
 
 
 def _has_known_embeddings(pipeline: Any, parameters: set[str]) -> bool:
     """Whether it is of Stable Diffusion's or SDXL's family: a UNet that takes embeddings and latents."""
-    return _has_latents(pipeline) and {"prompt_embeds", "latents"} <= parameters
-
-
-def _has_latents(pipeline: Any) -> bool:
-    """Whether its UNet denoises latents of a known scale (not so in DeepFloyd IF and Kandinsky)."""
-    return hasattr(pipeline, "unet") and hasattr(pipeline, "vae_scale_factor")
+    return has_known_latents(pipeline) and {"prompt_embeds", "latents"} <= parameters
 
 
 def _image_size(pipeline: Any, config: GeneratorConfig) -> tuple[int | None, int | None]:
     """(height, width) in pixels: as asked for, else the model's own (None: the pipeline knows)."""
-    if not _has_latents(pipeline):
+    if not has_known_latents(pipeline):
         return config.height, config.width
     size = pipeline.unet.config.sample_size
     rows, columns = (size, size) if isinstance(size, int) else size
@@ -290,6 +394,14 @@ def _batched(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether it is the allocator's own error, or the plain one of a CPU's or a library's."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    message = str(error).lower()
+    return any(words in message for words in ("out of memory", "can't allocate memory", "alloc_failed"))
 
 
 def _find_device(name: str) -> torch.device:

@@ -1,50 +1,35 @@
 """Pixels to files and back: how an image is stored in a shard, and how a stored one is checked."""
 
 import io
-from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from data_gen.captions import Caption
-from data_gen.shards import MAX_IMAGE_PIXELS, Sample
+from data_gen.shards import MAX_IMAGE_PIXELS
 
 _PIL_FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 
 
-def build_sample(
-    caption: Caption,
-    images: Sequence[npt.NDArray[np.uint8]],
-    image_seeds: Sequence[str],
-    image_format: str,
-    image_quality: int,
-    stored_image_size: int | None,
-) -> Sample:
-    """Encodes the images of a caption.
+def encode_image(
+    pixels: npt.NDArray[np.uint8], image_format: str, image_quality: int, stored_image_size: int | None
+) -> tuple[bytes, int, int]:
+    """Encodes an image as it is stored.
 
     Args:
-        caption: Their caption.
-        images: uint8 arrays.
-        image_seeds: Their noise keys.
+        pixels: uint8 array.
         image_format: `jpg`, `png` or `webp`.
         image_quality: 1 to 100, for jpg and webp.
         stored_image_size: Shorter side in pixels after resizing (Lanczos); None keeps the size.
 
     Shapes:
-        images: each [height, width, 3].
+        pixels: [height, width, 3].
+
+    Returns:
+        The file's content, its width and its height in pixels.
     """
-    pictures = [_resize(Image.fromarray(image), stored_image_size) for image in images]
-    return Sample(
-        key=caption.caption_id,
-        caption_id=caption.caption_id,
-        caption=caption.text,
-        images=tuple(_encode(picture, image_format, image_quality) for picture in pictures),
-        image_extension=image_format,
-        image_seeds=tuple(image_seeds),
-        width=pictures[0].width,
-        height=pictures[0].height,
-    )
+    picture = _resize(Image.fromarray(pixels), stored_image_size)
+    return _encode(picture, image_format, image_quality), picture.width, picture.height
 
 
 def decode_image(image: bytes, extension: str) -> npt.NDArray[np.uint8]:

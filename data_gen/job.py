@@ -1,44 +1,37 @@
 """`stablerep generate`: captions in, a dataset of generated images out.
 
-The plan is frozen in `dataset.json`; a shard is a pure function of the plan and its captions. Shards without
-a valid completion marker are made, the others are left alone, so a job that was killed goes on where it was.
+The plan is frozen in `dataset.json`; workers make the shards that have no completion marker, so a job that
+was killed goes on where it was, and the same command started elsewhere joins in.
 """
 
-import sys
+import json
+import os
+import signal
+import tempfile
+import threading
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from data_gen.captions import Caption, CaptionList, read_captions
 from data_gen.card import write_card
-from data_gen.images import build_sample
-from data_gen.models import GeneratorConfig, ModelFiles, find_model
-from data_gen.shard_writer import ShardWriter, remove_stale_temporaries, temporary_path, write_manifest
-from data_gen.shards import (
-    MANIFEST_NAME,
-    SCHEMA_VERSION,
-    DatasetManifest,
-    Sample,
-    Shard,
-    ShardError,
-    check_sizes,
-    find_folder,
-    hash_settings,
-    read_manifest,
-    read_shard,
-)
+from data_gen.engines.ray_cluster import RayConfig
+from data_gen.engines.slurm import SlurmConfig
+from data_gen.freeze import check_draft, draft_plan, freeze_plan
+from data_gen.models import GeneratorConfig, find_model
+from data_gen.plan import Plan
+from data_gen.progress import showing
+from data_gen.repair import requeue_shards
+from data_gen.shards import list_complete_shards
+from data_gen.sources import expand_sources
+from data_gen.storage import Store
+from data_gen.work_folder import Worker, WorkFolder
+from data_gen.worker import EXIT_DONE, EXIT_UNFINISHED, WorkConfig, say, stopping_on, work
 
-if TYPE_CHECKING:
-    from tqdm import tqdm
-
-    from data_gen.generator import DiffusionGenerator, GeneratedCaption
-
-_OWN_FILES = ("*.tar", "*.parquet", "*_stats.json", "README.md", "croissant.json")
-"""What a job writes beside `dataset.json`."""
+EXIT_FAILED = 1
+FIDELITY_NAME = "fidelity.json"
+"""What a tiny VAE or int8 weights change, measured on the dataset's own captions."""
+_NUM_CAPTIONS_COMPARED = 16
 
 
 @dataclass(frozen=True)
@@ -46,9 +39,13 @@ class GenerateConfig:
     """Generates a dataset of images from captions.
 
     Args:
-        captions: UTF-8 text file, one caption a line.
-        output: Folder of the dataset; a job that was stopped goes on there.
-        limit: Distinct captions to take from the file; None takes all.
+        captions: Files of captions: paths, globs or URLs of .txt, .csv, .tsv, .jsonl (each also .gz),
+            .parquet or WebDataset .tar files.
+        output: Folder or URL of the dataset; a job that was stopped goes on there.
+        caption_column: Column of the caption (a number where a table has no header); text files have none.
+        extra_columns: Columns that are carried along with each caption, such as labels and ids.
+        duplicates: "drop" leaves out captions that have occurred before, "number" generates each anew.
+        limit: Captions to take; None takes all.
         generator: The text-to-image model and its sampling.
         num_images_per_caption: Images generated of each caption, >= 1.
         seed: Seed of the dataset; each image's noise follows from it, its caption and its index.
@@ -57,10 +54,26 @@ class GenerateConfig:
         stored_image_size: Shorter side of the stored image in pixels; None stores it as generated.
         image_format: File format of the stored image.
         image_quality: 1 to 100, for jpg and webp.
+        note: A remark for the dataset card.
+        extend: Raise num_images_per_caption of the dataset that is there; only the missing images are made.
+        retry_failed: Try captions that failed, and shards that were set aside, again.
+        dry_run: Print the plan and, after a short calibration, the time that it takes; write nothing.
+        price_per_hour: Price of one worker's machine, for the dry run.
+        engine: What runs the workers: processes of this machine, a Ray cluster, or a Slurm array.
+        num_workers: Workers of the local engine; None is one for each accelerator, or this process where
+            there is none.
+        num_threads_per_worker: CPU threads of each local worker; None shares the cores out.
+        spill_seconds: Time between two spills of finished samples: the most that a killed worker loses.
+        lease_seconds: Time after which the claim of a worker on another machine is void unless renewed.
+        ray: The Ray cluster.
+        slurm: The Slurm array.
     """
 
-    captions: str
+    captions: str | list[str]
     output: str
+    caption_column: str = "caption"
+    extra_columns: list[str] = field(default_factory=list)
+    duplicates: Literal["drop", "number"] = "drop"
     limit: int | None = None
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     num_images_per_caption: int = 4
@@ -70,6 +83,23 @@ class GenerateConfig:
     stored_image_size: int | None = None
     image_format: Literal["jpg", "png", "webp"] = "jpg"
     image_quality: int = 95
+    note: str = ""
+    extend: bool = False
+    retry_failed: bool = False
+    dry_run: bool = False
+    price_per_hour: float | None = None
+    engine: Literal["local", "ray", "slurm"] = "local"
+    num_workers: int | None = None
+    num_threads_per_worker: int | None = None
+    spill_seconds: float = 60.0
+    lease_seconds: float = 300.0
+    ray: RayConfig = field(default_factory=RayConfig)
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+
+    @property
+    def caption_patterns(self) -> list[str]:
+        """`captions` as a list."""
+        return [self.captions] if isinstance(self.captions, str) else list(self.captions)
 
     def check(self) -> None:
         """Checks the ranges.
@@ -80,269 +110,195 @@ class GenerateConfig:
         for name in ("num_images_per_caption", "num_captions_per_shard", "num_images_per_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        for name in ("num_workers", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
         if self.stored_image_size is not None and self.stored_image_size < 1:
             raise ValueError(f"stored_image_size must be >= 1 pixel, got {self.stored_image_size}")
         if not 1 <= self.image_quality <= 100:
             raise ValueError(f"image_quality must be from 1 to 100, got {self.image_quality}")
+        if self.price_per_hour is not None and not 0 <= self.price_per_hour < float("inf"):
+            raise ValueError(f"price_per_hour must be >= 0 and finite, got {self.price_per_hour}")
         self.generator.check()
+        self.worker_config().check()
+
+    def worker_config(self, **changes: Any) -> WorkConfig:
+        """What each worker is told."""
+        return WorkConfig(
+            **{
+                "dataset": self.output,
+                "model": None if self.generator.model == "embedded" else self.generator.model,
+                "tiny_vae": self.generator.tiny_vae,
+                "device": self.generator.device,
+                "num_threads": self.num_threads_per_worker,
+                "spill_seconds": self.spill_seconds,
+                "lease_seconds": self.lease_seconds,
+                "trust_remote_code": self.generator.trust_remote_code,
+                "allow_pickle": self.generator.allow_pickle,
+                **changes,
+            }
+        )
+
+
+@dataclass(frozen=True)
+class _Workers:
+    """The workers of the local engine.
+
+    Args:
+        configs: What each is told.
+        in_process: Whether the only one is this process.
+    """
+
+    configs: tuple[WorkConfig, ...]
+    in_process: bool
 
 
 def run(config: GenerateConfig) -> int:
     """Generates what is missing of the dataset.
 
     Returns:
-        0 if every planned caption is written, 1 if any failed.
+        0 if every planned caption is written, 1 if any failed or is set aside, 75 if it is not finished.
 
     Raises:
         ValueError: Bad captions or settings, or settings other than those of the dataset that is there.
         OSError: The model is missing, or the output cannot be written.
     """
     config.check()
-    root = find_folder(config.output)
-    captions = read_captions(config.captions, config.limit)
-    _check_writable(root)
+    store = Store(config.output)
+    expand_sources(config.caption_patterns)  # what is missing is said at once
+    if not config.dry_run:
+        store.probe()
     model = find_model(config.generator)
-    manifest = _build_manifest(config, captions, model)
-    _check_same_plan(root, manifest)
-    remove_stale_temporaries(root)
-    shards = {
-        index: shard for index in range(manifest.num_shards) if (shard := _find_shard(root, manifest, index))
-    }
-    num_images_made, seconds = 0, 0.0
-    if len(shards) < manifest.num_shards:
-        from data_gen.generator import DiffusionGenerator
+    workers = _plan_workers(config)
+    with tempfile.TemporaryDirectory(prefix="stablerep-captions-") as folder:
+        draft = draft_plan(config, model, _describe_machine(config, workers), store, Path(folder))
+        check_draft(store, draft, config.extend)
+        if config.dry_run:
+            from data_gen.estimate import print_estimate
 
-        generator = DiffusionGenerator(config.generator, model, config.num_images_per_batch)
-        manifest = _publish_plan(root, manifest, generator.fingerprint())
-        start = time.perf_counter()
-        for shard_index, shard in _run_pending(config, manifest, captions, generator, shards):
-            shards[shard_index] = shard
-            num_images_made += shard.num_images
-        seconds = time.perf_counter() - start
-    return _finish(root, manifest, [shards[index] for index in sorted(shards)], num_images_made, seconds)
+            return print_estimate(config, draft, model, num_workers=len(workers.configs))
+        plan = freeze_plan(store, draft, config.extend)
+    return _run_plan(config, plan, workers)
 
 
-def _run_pending(
-    config: GenerateConfig,
-    manifest: DatasetManifest,
-    captions: CaptionList,
-    generator: "DiffusionGenerator",
-    complete: dict[int, Shard],
-) -> Iterator[tuple[int, Shard]]:
-    """Makes each shard that is not complete."""
-    from tqdm import tqdm
-
-    pending = [index for index in range(manifest.num_shards) if index not in complete]
-    num_images = manifest.num_captions * manifest.num_images_per_caption
-    num_pending = sum(manifest.num_captions_in_shard(index) for index in pending)
-    num_done = num_images - num_pending * manifest.num_images_per_caption
-    with tqdm(total=num_images, initial=num_done, unit="image", desc="generate", smoothing=0.05) as progress:
-        for index in pending:
-            planned = _shard_captions(manifest, captions, index)
-            yield index, run_shard(config, manifest, index, planned, generator, progress)
+def _run_plan(config: GenerateConfig, plan: Plan, workers: _Workers) -> int:
+    """Makes the missing shards, and says how the dataset stands."""
+    plan.store.remove_stale_temporaries()
+    work_folder = WorkFolder(plan.store, Worker.of_this_process(), config.lease_seconds)
+    sound = requeue_shards(plan, work_folder, retry_failed=config.retry_failed)
+    start, num_images_before = time.monotonic(), sum(shard.num_images for shard in sound)
+    if len(sound) < plan.manifest.num_shards:
+        plan.store.delete("README.md")  # describes fewer shards than there will be
+        if config.engine == "slurm":
+            return _submit_to_slurm(config, plan)
+        _compare_with_full_precision(config, plan)
+        with showing(plan, work_folder):
+            _run_workers(config, plan, workers)
+        plan.store.remove_stale_temporaries()
+        work_folder.finish()
+    return _finish(plan, work_folder, num_images_before, time.monotonic() - start)
 
 
-def run_shard(
-    config: GenerateConfig,
-    manifest: DatasetManifest,
-    shard_index: int,
-    captions: Sequence[Caption],
-    generator: "DiffusionGenerator",
-    progress: "tqdm[Any] | None" = None,
-) -> Shard:
-    """Makes one shard: a pure function of the plan and the shard's captions.
+def _run_workers(config: GenerateConfig, plan: Plan, workers: _Workers) -> None:
+    """Runs the engine until nothing is left to do, or a signal asks it to stop."""
+    stop = threading.Event()
+    with stopping_on(stop, (signal.SIGTERM, signal.SIGUSR1)):
+        if config.engine == "ray":
+            from data_gen.engines import ray_cluster
 
-    Images are encoded in a thread while the next ones are denoised.
+            ray_cluster.run(config.ray, workers.configs[0], say)
+        elif workers.in_process:
+            work(plan, workers.configs[0], stop)
+        else:
+            from data_gen.engines.local import run_local
 
-    Args:
-        config: The job.
-        manifest: The plan.
-        shard_index: Which shard.
-        captions: Its captions.
-        generator: The loaded model.
-        progress: Is moved on by one for each image.
-
-    Returns:
-        The published shard.
-    """
-    start = time.perf_counter()
-    num_truncated = generator.count_truncated(captions)
-    if num_truncated:
-        _say(
-            f"shard {shard_index}: {num_truncated} of {len(captions)} captions are longer than what the "
-            "model reads; it sees their beginnings"
-        )
-    encoding: deque[Future[Sample]] = deque()
-    with (
-        ShardWriter(config.output, manifest, shard_index) as writer,
-        ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode") as executor,
-    ):
-        for generated in generator.generate(captions, config.num_images_per_caption, config.seed):
-            if progress is not None:
-                progress.update(config.num_images_per_caption)
-            if generated.failure is not None:
-                writer.fail(generated.caption.caption_id, generated.failure)
-                continue
-            encoding.append(executor.submit(_build_sample, config, generated))
-            while encoding and (encoding[0].done() or len(encoding) > 2 * config.num_images_per_batch):
-                writer.write(encoding.popleft().result())
-        while encoding:
-            writer.write(encoding.popleft().result())
-        return writer.publish(
-            num_planned=len(captions),
-            seconds=time.perf_counter() - start,
-            fingerprint=generator.fingerprint(),
-            statistics={"num_captions_truncated": num_truncated},
-        )
+            run_local(workers.configs, stop, say)
 
 
-def _build_sample(config: GenerateConfig, generated: "GeneratedCaption") -> Sample:
-    return build_sample(
-        generated.caption,
-        generated.images,
-        generated.image_seeds,
-        image_format=config.image_format,
-        image_quality=config.image_quality,
-        stored_image_size=config.stored_image_size,
+def _submit_to_slurm(config: GenerateConfig, plan: Plan) -> int:
+    from data_gen.engines import slurm
+
+    job_id = slurm.submit(config.slurm, config.worker_config())
+    print(f"{plan.store.url}: Slurm job {job_id}; `stablerep status --dataset {plan.store.url}` follows it")
+    return EXIT_UNFINISHED
+
+
+def _plan_workers(config: GenerateConfig) -> _Workers:
+    """One worker for each accelerator or as many as asked for; their devices and threads."""
+    if config.engine != "local":
+        return _Workers((config.worker_config(),), in_process=False)
+    devices = _list_accelerators() if config.generator.device == "auto" else []
+    if config.num_workers is None and not devices:
+        return _Workers((config.worker_config(),), in_process=True)
+    num_workers = config.num_workers or len(devices)
+    num_threads = config.num_threads_per_worker or max(1, len(os.sched_getaffinity(0)) // num_workers)
+    places = [
+        devices[index % len(devices)] if devices else config.generator.device for index in range(num_workers)
+    ]
+    return _Workers(
+        tuple(config.worker_config(device=place, num_threads=num_threads) for place in places),
+        in_process=False,
     )
 
 
-def _build_manifest(config: GenerateConfig, captions: CaptionList, model: ModelFiles) -> DatasetManifest:
-    """The plan; the machine's fingerprint comes when the model is loaded."""
-    sampling = asdict(config.generator)
-    for name in ("device", "revision"):  # the one is the machine's, the other is in the model's identity
-        del sampling[name]
-    settings = {
-        "generator": {**sampling, "model": model.name, "model_identity": model.identity},
-        "captions_sha256": captions.sha256,
-        "num_captions": len(captions.captions),
-        **{
-            name: getattr(config, name)
-            for name in (
-                "num_images_per_caption",
-                "seed",
-                "num_captions_per_shard",
-                "num_images_per_batch",
-                "stored_image_size",
-                "image_format",
-                "image_quality",
-            )
-        },
-    }
-    return DatasetManifest(
-        schema_version=SCHEMA_VERSION,
-        settings=settings,
-        settings_hash=hash_settings(settings),
-        captions_source={
-            "name": Path(config.captions).name,
-            "sha256": captions.sha256,
-            "num_lines_read": captions.num_lines,
-            "num_empty_dropped": captions.num_empty,
-            "num_duplicates_dropped": captions.num_duplicates,
-        },
-        num_captions=len(captions.captions),
-        num_images_per_caption=config.num_images_per_caption,
-        num_captions_per_shard=config.num_captions_per_shard,
-        num_shards=-(-len(captions.captions) // config.num_captions_per_shard),
-        fingerprint={},
-    )
+def _list_accelerators() -> list[str]:
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return []
+    return [f"{accelerator.type}:{index}" for index in range(torch.accelerator.device_count())]
 
 
-def _check_same_plan(root: Path, manifest: DatasetManifest) -> None:
-    """Refuses to mix two plans in one folder."""
-    if not (root / MANIFEST_NAME).exists():
-        if taken := sorted(path.name for pattern in _OWN_FILES for path in root.glob(pattern)):
-            raise ValueError(
-                f"output {root} holds {taken[0]} but no {MANIFEST_NAME}: not a dataset to go on with"
-            )
+def _describe_machine(config: GenerateConfig, workers: _Workers) -> dict[str, Any]:
+    """The fingerprint of the local workers; those of a cluster are known when they run."""
+    if config.engine != "local":
+        return {}
+    from data_gen.generator import describe_machine
+
+    first = workers.configs[0]
+    return describe_machine(config.generator, first.device, first.num_threads, config.num_images_per_batch)
+
+
+def _compare_with_full_precision(config: GenerateConfig, plan: Plan) -> None:
+    """Measures, once a dataset, what a tiny VAE or int8 weights change in its own images."""
+    if not (config.generator.tiny_vae or config.generator.int8) or plan.store.exists(FIDELITY_NAME):
         return
-    old = read_manifest(root)
-    if old.settings_hash != manifest.settings_hash:
-        before, now = _flatten(old.settings), _flatten(manifest.settings)
-        differences = [
-            f"{name} is {before.get(name)!r} there and {now.get(name)!r} here"
-            for name in sorted(before.keys() | now.keys())
-            if before.get(name) != now.get(name)
-        ]
-        raise ValueError(f"{root / MANIFEST_NAME} is of another plan: {'; '.join(differences)}")
+    from data_gen.fidelity import compare_with_full_precision
+    from data_gen.generator import ImageRequest
 
-
-def _publish_plan(root: Path, manifest: DatasetManifest, fingerprint: dict[str, Any]) -> DatasetManifest:
-    """Writes `dataset.json`, or says where this machine differs from the one that began the dataset.
-
-    Raises:
-        ValueError: Another job has begun another plan here while the model was loading.
-    """
-    _check_same_plan(root, manifest)
-    if (root / MANIFEST_NAME).exists():
-        manifest = read_manifest(root)
-        for name in sorted(manifest.fingerprint.keys() | fingerprint.keys()):
-            before, now = manifest.fingerprint.get(name), fingerprint.get(name)
-            if before != now:
-                _say(f"{name} was {before!r} and is {now!r}: new images are not bit-equal to the old")
-        return manifest
-    manifest = DatasetManifest(**{**vars(manifest), "fingerprint": fingerprint})
-    write_manifest(root, manifest)
-    return manifest
-
-
-def _find_shard(root: Path, manifest: DatasetManifest, shard_index: int) -> Shard | None:
-    """The shard if its marker and the sizes of its files say so; a bad one is named and made again."""
-    try:
-        shard = read_shard(root, manifest, shard_index)
-        if shard is not None:
-            check_sizes(shard)
-    except ShardError as error:
-        _say(f"{error}; making it again")
-        return None
-    return shard
-
-
-def _shard_captions(
-    manifest: DatasetManifest, captions: CaptionList, shard_index: int
-) -> tuple[Caption, ...]:
-    size = manifest.num_captions_per_shard
-    return captions.captions[shard_index * size : (shard_index + 1) * size]
-
-
-def _finish(
-    root: Path, manifest: DatasetManifest, shards: list[Shard], num_images_made: int, seconds: float
-) -> int:
-    """Writes the card, prints the counts, and says by the exit code whether anything failed."""
-    write_card(root, manifest, shards)
-    num_written = sum(shard.num_samples for shard in shards)
-    num_failed = sum(shard.num_failed for shard in shards)
-    source = manifest.captions_source
-    dropped = (
-        f"{source['num_empty_dropped']} empty and {source['num_duplicates_dropped']} repeated lines dropped"
+    captions = plan.captions(0)[:_NUM_CAPTIONS_COMPARED]
+    report = compare_with_full_precision(
+        config.generator,
+        find_model(config.generator),
+        [ImageRequest(caption.key, caption.text, (0,)) for caption in captions],
+        config.seed,
+        config.num_images_per_batch,
     )
-    rate = f", {num_images_made / seconds:.2f} images/s" if num_images_made else ""
+    for line in report.lines():
+        say(line)
+    plan.store.publish(FIDELITY_NAME, (json.dumps(report.to_dict(), indent=2) + "\n").encode())
+
+
+def _finish(plan: Plan, work_folder: WorkFolder, num_images_before: int, seconds: float) -> int:
+    """Writes the card, prints the counts, and says by the exit code how the dataset stands."""
+    shards = list_complete_shards(plan.store)
+    write_card(plan.store, plan.manifest, shards)
+    source, manifest = plan.manifest.captions_source, plan.manifest
+    num_written, num_failed = sum(s.num_samples for s in shards), sum(s.num_failed for s in shards)
+    num_images = sum(shard.num_images for shard in shards)
+    repeated = "dropped" if source["options"]["duplicates"] == "drop" else "numbered"
+    num_made = num_images - num_images_before
+    rate = f", {num_made / seconds:.2f} images/s" if num_made else ""
     print(
-        f"{root}: {manifest.num_captions} captions planned ({dropped}), {num_written} written, "
-        f"{num_failed} failed; {sum(shard.num_images for shard in shards)} images in {len(shards)} shards, "
-        f"{num_images_made} of them made now{rate}"
+        f"{plan.store.url}: {manifest.num_captions} captions planned ({source['num_empty_dropped']} empty "
+        f"rows dropped, {source['num_duplicates']} repeated ones {repeated}), {num_written} written, "
+        f"{num_failed} failed; {num_images} images in {len(shards)} shards, {num_made} of them new{rate}"
     )
-    return int(num_written != manifest.num_captions)
-
-
-def _check_writable(root: Path) -> None:
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        probe = temporary_path(root / "probe")
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise OSError(f"output {root} cannot be written: {error.strerror or error}") from error
-
-
-def _flatten(settings: Any, prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat.update(
-            _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-        )
-    return flat
-
-
-def _say(message: str) -> None:
-    print(f"stablerep generate: {message}", file=sys.stderr)
+    set_aside = work_folder.list_set_aside()
+    for name, reason in sorted(set_aside.items()):
+        say(f"shard {name} is set aside: {reason}; --retry_failed takes it up again")
+    if len(shards) + len(set_aside) < manifest.num_shards:
+        return EXIT_UNFINISHED
+    return EXIT_DONE if num_written == manifest.num_captions else EXIT_FAILED

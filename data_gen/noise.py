@@ -10,18 +10,18 @@ import numpy as np
 import numpy.typing as npt
 
 
-def image_seed(seed: int, caption_id: str, image_index: int) -> str:
-    """First 128 bits of sha256("seed/caption_id/image_index"), 32 hex digits.
+def image_seed(seed: int, key: str, image_index: int) -> str:
+    """First 128 bits of sha256("seed/key/image_index"), 32 hex digits.
 
     It does not depend on the rank, the shard, the batch, the number of images a caption, or the generator's
     settings: two guidance scales start from the same noise and compare in pairs.
 
     Args:
         seed: Seed of the dataset, any integer.
-        caption_id: Identity of the caption by content.
+        key: The caption's id by content; of an equal caption further on, "caption_id-OCCURRENCE".
         image_index: Index of the image among its caption's, from 0.
     """
-    return hashlib.sha256(f"{seed}/{caption_id}/{image_index}".encode()).hexdigest()[:32]
+    return hashlib.sha256(f"{seed}/{key}/{image_index}".encode()).hexdigest()[:32]
 
 
 def draw_noise(image_seed: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:

@@ -1,78 +1,73 @@
-"""Writing of the shard format: byte-identical from run to run, and never half there.
+"""Writing of the shard format: byte-identical from run to run, never half there, and the first writer wins.
 
-A file is written under a temporary name in its own folder, flushed to disk and renamed; a shard's completion
-marker comes last. A job killed at any moment leaves no file under a final name that is not whole.
+A shard's tar is written under a temporary name and published whole; then its side-car, then its completion
+marker. A job killed at any moment leaves no file under a final name that is not whole.
 """
 
 import hashlib
 import io
 import json
-import os
-import socket
 import tarfile
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import IO, Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_gen.shards import MANIFEST_NAME, DatasetManifest, Sample, Shard, ShardError, read_shard, to_json
-
-_PARQUET_SCHEMA = pa.schema(
-    [
-        ("key", pa.string()),
-        ("index", pa.int32()),
-        ("caption", pa.string()),
-        ("caption_id", pa.string()),
-        ("image_seed", pa.string()),
-        ("settings_hash", pa.string()),
-        ("sha256", pa.string()),
-        ("tar_offset", pa.int64()),
-        ("num_bytes", pa.int64()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-    ]
+from data_gen.captions import caption_id
+from data_gen.shards import (
+    MANIFEST_NAME,
+    DatasetManifest,
+    Sample,
+    Shard,
+    ShardError,
+    open_store,
+    read_shard,
+    to_json,
 )
+from data_gen.storage import Store
+
+IMAGE_COLUMNS: dict[str, tuple[str, str]] = {
+    "key": ("string", "name of the sample in its tar"),
+    "index": ("int32", "index of the image among its caption's"),
+    "caption": ("string", "normalised caption"),
+    "caption_id": ("string", "identity of the caption by content"),
+    "occurrence": ("int32", "0 for the first time that the caption occurs in the plan"),
+    "image_seed": ("string", "128-bit key of the image's initial noise"),
+    "guidance_scale": ("double", "weight of classifier-free guidance"),
+    "settings_hash": ("string", "settings of the job that made it"),
+    "fingerprint": ("string", "machine settings that it was made under, in fingerprints/"),
+    "sha256": ("string", "digest of the encoded image"),
+    "tar_offset": ("int64", "offset of the encoded image in the tar, in bytes"),
+    "num_bytes": ("int64", "size of the encoded image, in bytes"),
+    "width": ("int32", "width in pixels"),
+    "height": ("int32", "height in pixels"),
+}
+"""Columns of a shard's side-car: name → (type, meaning). Extra columns of the captions follow them."""
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Writes a whole file or none: temporary name in the same folder, fsync, rename."""
-    temporary = temporary_path(path)
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            _flush(file)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _flush_folder(path.parent)
+class ShardTakenError(ShardError):
+    """Another tar is there under the shard's name."""
 
 
-def write_manifest(root: str | Path, manifest: DatasetManifest) -> None:
-    """Writes `dataset.json`, readable by people as well."""
-    text = json.dumps(asdict(manifest), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    write_file(Path(root) / MANIFEST_NAME, (text + "\n").encode())
-
-
-def temporary_path(path: Path) -> Path:
-    """`.{name}.{host}.{pid}.tmp` beside `path`: unseen by readers, written by no other process."""
-    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-
-
-def remove_stale_temporaries(root: str | Path) -> int:
-    """Deletes what killed processes of this host left under temporary names.
+def write_manifest(root: str | Path | Store, manifest: DatasetManifest, replace: bool = False) -> bool:
+    """Writes `dataset.json`, readable by people as well.
 
     Returns:
-        Number of files deleted.
+        Whether it was written; False where one is there and `replace` is false.
     """
-    stale = [path for path in Path(root).glob(f".*.{socket.gethostname()}.*.tmp") if not _is_alive(path)]
-    for path in stale:
-        path.unlink(missing_ok=True)
-    return len(stale)
+    text = json.dumps(asdict(manifest), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    content = (text + "\n").encode()
+    store = open_store(root)
+    if replace:
+        store.replace(MANIFEST_NAME, content)
+        return True
+    return store.publish(MANIFEST_NAME, content)
 
 
 class ShardWriter:
@@ -80,33 +75,34 @@ class ShardWriter:
 
         with ShardWriter(root, manifest, shard_index) as writer:
             writer.write(sample)
-            writer.fail(caption_id, "safety_checker")
-            shard = writer.publish(num_planned=2, seconds=1.0, fingerprint={})
+            writer.fail(key, caption, "safety_checker")
+            shard = writer.publish(num_planned=2, seconds=1.0)
 
     Args:
-        root: Folder of the dataset.
+        root: The dataset's folder or URL.
         manifest: The plan.
         shard_index: Which shard.
     """
 
-    def __init__(self, root: str | Path, manifest: DatasetManifest, shard_index: int) -> None:
-        self._root, self._manifest, self._index = Path(root), manifest, shard_index
-        self._tar_path = self._root / f"{manifest.shard_name(shard_index)}.tar"
+    def __init__(self, root: str | Path | Store, manifest: DatasetManifest, shard_index: int) -> None:
+        self._store, self._manifest, self._index = open_store(root), manifest, shard_index
+        self._name = manifest.shard_name(shard_index)
+        self._where = self._store.name_of(f"{self._name}.tar")
         self._keys: set[str] = set()
         self._rows: list[dict[str, Any]] = []
-        self._failed: list[tuple[str, str]] = []
+        self._failed: list[dict[str, str]] = []
 
     def __enter__(self) -> Self:
-        self._temporary = temporary_path(self._tar_path)
-        self._file = self._temporary.open("wb")
-        self._tar = _HashedTar(self._file)
+        self._stack = ExitStack()
+        self._temporary = self._stack.enter_context(self._store.temporary(f"{self._name}.tar"))
+        self._file = self._stack.enter_context(self._temporary.open("wb"))
+        self._tar = TarWriter(self._file)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        self._stack.close()
 
     def write(self, sample: Sample) -> None:
         """Adds a sample.
@@ -115,109 +111,130 @@ class ShardWriter:
             ShardError: Its key has a dot or occurred before, or it has another number of images than planned.
         """
         if "." in sample.key or "/" in sample.key or sample.key in self._keys:
-            raise ShardError(f"{self._tar_path}: key {sample.key!r} must be new and without dot or slash")
+            raise ShardError(f"{self._where}: key {sample.key!r} must be new and without dot or slash")
         if len(sample.images) != self._manifest.num_images_per_caption:
             raise ShardError(
-                f"{self._tar_path}: sample {sample.key} must have "
+                f"{self._where}: sample {sample.key} must have "
                 f"{self._manifest.num_images_per_caption} images, got {len(sample.images)}"
             )
         self._keys.add(sample.key)
-        image_sha256 = [hashlib.sha256(image).hexdigest() for image in sample.images]
-        record = {
-            "key": sample.key,
-            "caption_id": sample.caption_id,
-            "caption": sample.caption,
-            "image_extension": sample.image_extension,
-            "image_seeds": sample.image_seeds,
-            "image_sha256": image_sha256,
-            "settings_hash": self._manifest.settings_hash,
-            "width": sample.width,
-            "height": sample.height,
-        }
-        self._tar.add(f"{sample.key}.json", to_json(record).encode())
-        self._tar.add(f"{sample.key}.txt", sample.caption.encode())
-        for index, (image, sha256) in enumerate(zip(sample.images, image_sha256, strict=True)):
-            offset = self._tar.add(f"{sample.key}.{index}.{sample.image_extension}", image)
+        record = to_record(sample, self._manifest.settings_hash)
+        offsets = self._tar.add_sample(sample, record)
+        shared = {name: value for name, value in record.items() if name in IMAGE_COLUMNS} | record["extra"]
+        for index, (image, offset) in enumerate(zip(sample.images, offsets, strict=True)):
             self._rows.append(
-                {name: record[name] for name in _PARQUET_SCHEMA.names if name in record}
-                | {"index": index, "image_seed": sample.image_seeds[index], "sha256": sha256}
-                | {"tar_offset": offset, "num_bytes": len(image)}
+                shared
+                | {"index": index, "tar_offset": offset, "num_bytes": len(image)}
+                | {"image_seed": sample.image_seeds[index], "sha256": record["image_sha256"][index]}
+                | {"guidance_scale": sample.guidance_scales[index], "fingerprint": sample.fingerprints[index]}
             )
 
-    def fail(self, caption_id: str, reason: str) -> None:
+    def fail(self, key: str, caption: str, reason: str) -> None:
         """Records that a planned caption has no images, and why."""
-        self._failed.append((caption_id, reason))
+        self._failed.append(
+            {"key": key, "caption_id": caption_id(caption), "caption": caption, "reason": reason}
+        )
 
     def publish(
         self,
         num_planned: int,
         seconds: float,
-        fingerprint: Mapping[str, Any],
         statistics: Mapping[str, Any] | None = None,
+        replaces: str | None = None,
     ) -> Shard:
-        """Closes the tar, publishes tar and parquet, then writes the completion marker.
-
-        An older marker goes first, so that none ever stands beside a tar that it does not describe.
+        """Closes the tar, publishes tar and parquet, then the completion marker.
 
         Args:
             num_planned: Captions of this shard in the plan.
             seconds: Wall time spent on the shard.
-            fingerprint: Machine settings under which its images were made.
             statistics: Further counts for the marker.
+            replaces: sha256 of a tar without marker that may be there and is replaced.
+
+        Returns:
+            The shard that is in place: this one, or an equal one that another writer published first.
 
         Raises:
             ShardError: Captions written and failed do not add up to `num_planned`.
+            ShardTakenError: Another tar is there; nothing of this one was published.
         """
         if len(self._keys) + len(self._failed) != num_planned:
             raise ShardError(
-                f"{self._tar_path}: {num_planned} captions were planned, but {len(self._keys)} written "
+                f"{self._where}: {num_planned} captions were planned, but {len(self._keys)} written "
                 f"and {len(self._failed)} failed"
             )
         tar_num_bytes, tar_sha256 = self._tar.finish()
-        _flush(self._file)
-        parquet = _to_parquet(self._rows)
+        self._file.flush()
+        parquet = to_parquet(self._rows, self._manifest.extra_columns)
         stats = {
-            "shard": self._tar_path.stem,
+            "shard": self._name,
             "settings_hash": self._manifest.settings_hash,
             "num_planned": num_planned,
             "num_written": len(self._keys),
             "num_failed": len(self._failed),
             "num_images": len(self._rows),
-            "failures_by_reason": dict(sorted(Counter(reason for _, reason in self._failed).items())),
-            "failed_captions": [
-                {"caption_id": identity, "reason": reason} for identity, reason in self._failed
-            ],
+            "failures_by_reason": dict(sorted(Counter(row["reason"] for row in self._failed).items())),
+            "failed_captions": self._failed,
             "seconds": round(seconds, 3),
-            "fingerprint": dict(fingerprint),
+            "fingerprints": sorted({row["fingerprint"] for row in self._rows}),
             **(statistics or {}),
             "tar": {"num_bytes": tar_num_bytes, "sha256": tar_sha256},
             "parquet": {"num_bytes": len(parquet), "sha256": hashlib.sha256(parquet).hexdigest()},
         }
-        marker = self._tar_path.with_name(f"{self._tar_path.stem}_stats.json")
-        marker.unlink(missing_ok=True)
-        os.replace(self._temporary, self._tar_path)
-        write_file(self._tar_path.with_suffix(".parquet"), parquet)
-        write_file(marker, (to_json(stats) + "\n").encode())
-        shard = read_shard(self._root, self._manifest, self._index)
+        self._publish_tar(tar_sha256, replaces)
+        self._publish_parquet(parquet)
+        self._store.publish(f"{self._name}_stats.json", (to_json(stats) + "\n").encode())
+        shard = read_shard(self._store, self._manifest, self._index)
         if shard is None:
-            raise ShardError(f"{self._tar_path}: its completion marker vanished")
+            raise ShardError(f"{self._where}: its completion marker vanished")
         return shard
 
+    def _publish_tar(self, sha256: str, replaces: str | None) -> None:
+        name = f"{self._name}.tar"
+        if self._store.publish(name, self._temporary):
+            return
+        there = self._store.digest(name)[1]
+        if there == sha256:
+            return
+        if there != replaces:
+            raise ShardTakenError(f"{self._where}: another writer has published another tar")
+        self._store.replace(name, self._temporary)
 
-class _HashedTar:
-    """A USTAR archive whose bytes depend on names and contents alone, hashed as it is written."""
+    def _publish_parquet(self, content: bytes) -> None:
+        """Beside an equal tar, another side-car is an old one, unless a marker already speaks for it."""
+        name = f"{self._name}.parquet"
+        if self._store.publish(name, content) or self._store.exists(f"{self._name}_stats.json"):
+            return
+        if self._store.read(name) != content:
+            self._store.replace(name, content)
 
-    def __init__(self, file: BinaryIO) -> None:
+
+class TarWriter:
+    """A USTAR archive whose bytes depend on names and contents alone, hashed as it is written.
+
+    Args:
+        file: Where to.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._digest = hashlib.sha256()
-        self._num_bytes = 0
+        self.num_bytes = 0
+
+    def add_sample(self, sample: Sample, record: Mapping[str, Any]) -> list[int]:
+        """Appends a sample, `record` from `to_record`; returns the offset of each image's content."""
+        self.add(f"{sample.key}.json", to_json(record).encode())
+        self.add(f"{sample.key}.txt", sample.caption.encode())
+        return [
+            self.add(f"{sample.key}.{index}.{sample.image_extension}", image)
+            for index, image in enumerate(sample.images)
+        ]
 
     def add(self, name: str, content: bytes) -> int:
         """Appends a member and returns the offset of its content."""
         member = tarfile.TarInfo(name)
         member.size, member.mode, member.mtime = len(content), 0o644, 0
         self._write(member.tobuf(tarfile.USTAR_FORMAT))
-        offset = self._num_bytes
+        offset = self.num_bytes
         self._write(content)
         self._write(bytes(-len(content) % tarfile.BLOCKSIZE))
         return offset
@@ -225,43 +242,38 @@ class _HashedTar:
     def finish(self) -> tuple[int, str]:
         """Writes the end of the archive; returns its size and sha256."""
         self._write(bytes(2 * tarfile.BLOCKSIZE))
-        self._write(bytes(-self._num_bytes % tarfile.RECORDSIZE))
-        return self._num_bytes, self._digest.hexdigest()
+        self._write(bytes(-self.num_bytes % tarfile.RECORDSIZE))
+        return self.num_bytes, self._digest.hexdigest()
 
     def _write(self, content: bytes) -> None:
         self._file.write(content)
         self._digest.update(content)
-        self._num_bytes += len(content)
+        self.num_bytes += len(content)
 
 
-def _to_parquet(rows: list[dict[str, Any]]) -> bytes:
+def to_record(sample: Sample, settings_hash: str) -> dict[str, Any]:
+    """The sample's JSON: everything but the pixels."""
+    return {
+        "key": sample.key,
+        "caption_id": sample.caption_id,
+        "caption": sample.caption,
+        "occurrence": sample.occurrence,
+        "extra": dict(sample.extra),
+        "image_extension": sample.image_extension,
+        "image_seeds": sample.image_seeds,
+        "image_sha256": [hashlib.sha256(image).hexdigest() for image in sample.images],
+        "guidance_scales": sample.guidance_scales,
+        "fingerprints": sample.fingerprints,
+        "settings_hash": settings_hash,
+        "width": sample.width,
+        "height": sample.height,
+    }
+
+
+def to_parquet(rows: list[dict[str, Any]], extra_columns: Mapping[str, str]) -> bytes:
+    """A shard's side-car: one row an image, the extra columns last."""
+    types = {name: kind for name, (kind, _) in IMAGE_COLUMNS.items()} | dict(extra_columns)
+    schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in types.items()])
     buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=_PARQUET_SCHEMA), buffer, compression="zstd")
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), buffer, compression="zstd")
     return buffer.getvalue()
-
-
-def _flush(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _is_alive(temporary: Path) -> bool:
-    """Whether the process that writes this temporary file still runs."""
-    process = temporary.name.split(".")[-2]
-    if not process.isdigit():
-        return False
-    try:
-        os.kill(int(process), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -2,12 +2,17 @@
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyarrow.parquet as pq
 
 from data_gen.images import decode_image
-from data_gen.shards import Shard, ShardError, read_manifest, read_samples, read_shard, verify_shard
+from data_gen.plan import Plan
+from data_gen.regenerate import regenerate
+from data_gen.shards import Shard, ShardError, read_samples, read_shard, verify_shard
+from data_gen.storage import Store
+from data_gen.worker import EXIT_DONE, EXIT_UNFINISHED, WorkConfig
+
+EXIT_BAD = 1
 
 
 @dataclass(frozen=True)
@@ -15,19 +20,39 @@ class VerifyConfig:
     """Compares every shard of a dataset with its completion marker.
 
     Args:
-        dataset: Folder of the dataset.
+        dataset: Folder or URL of the dataset.
         deep: Decode every image too and compare the tar with the parquet row by row; slower.
+        regenerate: Fraction of the images to generate again and compare, 0 to 1; above 0, at least one is.
+        model: For `regenerate`, where the model is on this machine; None takes the plan's name.
+        tiny_vae: For `regenerate`, where the tiny VAE is on this machine; None takes the plan's name.
+        device: For `regenerate`, as for `stablerep generate`.
+        num_threads: For `regenerate`, threads of the CPU; None takes torch's own number.
     """
 
     dataset: str
     deep: bool = False
+    regenerate: float = 0.0
+    model: str | None = None
+    tiny_vae: str | None = None
+    device: str = "auto"
+    num_threads: int | None = None
+
+    def check(self) -> None:
+        """Checks the ranges.
+
+        Raises:
+            ValueError: A setting is out of its range.
+        """
+        if not 0 <= self.regenerate <= 1:
+            raise ValueError(f"regenerate must be from 0 to 1, got {self.regenerate}")
 
 
 def run(config: VerifyConfig) -> int:
-    """Verifies a dataset, naming each bad shard.
+    """Verifies a dataset, naming each bad shard and each image that comes out otherwise.
 
     Returns:
-        0 if every planned shard is there and sound, 1 if not.
+        0 if every planned shard is there and sound, 1 if one is bad, 75 if all that are there are sound but
+        some are missing.
 
     Raises:
         FileNotFoundError: The folder holds no dataset.
@@ -35,9 +60,11 @@ def run(config: VerifyConfig) -> int:
     """
     from tqdm import tqdm
 
-    root = Path(config.dataset)
-    manifest = read_manifest(root)
-    num_bad = num_missing = num_images = num_failed = 0
+    config.check()
+    plan = Plan.read(Store(config.dataset))
+    manifest, url = plan.manifest, plan.store.url
+    sound: list[Shard] = []
+    num_bad = num_missing = 0
     progress = tqdm(range(manifest.num_shards), desc="verify", unit="shard")
 
     def say(message: str) -> None:  # on a line of its own, above the bar
@@ -45,30 +72,74 @@ def run(config: VerifyConfig) -> int:
 
     for index in progress:
         try:
-            shard = read_shard(root, manifest, index)
+            shard = read_shard(plan.store, manifest, index)
             if shard is None:
                 num_missing += 1
-                say(f"{root / manifest.shard_name(index)}.tar: not finished, it has no completion marker")
+                name = plan.store.name_of(f"{manifest.shard_name(index)}.tar")
+                say(f"{name}: not finished, it has no completion marker")
                 continue
-            verify_shard(shard)
-            if config.deep:
-                verify_images(shard)
-            num_planned = manifest.num_captions_in_shard(index)
-            if shard.num_samples + shard.num_failed != num_planned:
-                raise ShardError(
-                    f"{shard.path}: {num_planned} captions planned, but {shard.num_samples} written "
-                    f"and {shard.num_failed} failed"
-                )
-            num_images += shard.num_images
-            num_failed += shard.num_failed
+            _verify(plan, index, shard, config.deep)
+            sound.append(shard)
         except ShardError as error:
             num_bad += 1
             say(str(error))
+    num_images, num_failed = sum(s.num_images for s in sound), sum(s.num_failed for s in sound)
     print(
-        f"{root}: {manifest.num_shards} shards planned, {manifest.num_shards - num_bad - num_missing} sound, "
-        f"{num_bad} bad, {num_missing} missing; {num_images} images, {num_failed} captions failed"
+        f"{url}: {manifest.num_shards} shards planned, {len(sound)} sound, {num_bad} bad, {num_missing} "
+        f"missing; {num_images} images, {num_failed} captions failed"
     )
-    return int(num_bad + num_missing > 0)
+    if config.regenerate > 0:
+        num_bad += _regenerate(plan, sound, config)
+    return EXIT_BAD if num_bad else EXIT_UNFINISHED if num_missing else EXIT_DONE
+
+
+def _verify(plan: Plan, index: int, shard: Shard, deep: bool) -> None:
+    verify_shard(shard)
+    num_planned = plan.manifest.num_captions_in_shard(index)
+    if shard.num_samples + shard.num_failed != num_planned:
+        raise ShardError(
+            f"{shard}: {num_planned} captions planned, but {shard.num_samples} written and "
+            f"{shard.num_failed} failed"
+        )
+    if deep:
+        verify_images(shard)
+        verify_captions(plan, index, shard)
+
+
+def _regenerate(plan: Plan, shards: list[Shard], config: VerifyConfig) -> int:
+    """Makes a share of the images again; the number of those that come out otherwise."""
+    work = WorkConfig(config.dataset, config.model, config.tiny_vae, config.device, config.num_threads)
+    comparison = regenerate(plan, shards, config.regenerate, work)
+    for problem in comparison.problems:
+        print(f"stablerep verify: {problem}", file=sys.stderr)
+    print(
+        f"{plan.store.url}: of the images made again, {comparison.num_equal} are equal to the byte, "
+        f"{comparison.num_close} close (made under another fingerprint), {len(comparison.problems)} otherwise"
+    )
+    if comparison.other_fingerprints:
+        names = ", ".join(f"fingerprints/{name}.json" for name in sorted(comparison.other_fingerprints))
+        print(f"{plan.store.url}: fingerprints that are not this machine's: {names}")
+    return len(comparison.problems)
+
+
+def verify_captions(plan: Plan, shard_index: int, shard: Shard) -> None:
+    """Compares a shard's samples with the plan: its captions, in their order, with their noise keys.
+
+    Raises:
+        ShardError: A sample is not of the plan, or stands elsewhere.
+    """
+    planned = iter(plan.captions(shard_index))
+    for sample in read_samples(shard):
+        caption = next((caption for caption in planned if caption.key == sample.key), None)
+        if caption is None:
+            raise ShardError(f"{shard}: sample {sample.key} is not in its place of the plan")
+        if (caption.text, dict(caption.extra)) != (sample.caption, dict(sample.extra)):
+            raise ShardError(
+                f"{shard}: sample {sample.key} has another caption, or other columns, than planned"
+            )
+        seeds = tuple(plan.image_seed(sample.key, index) for index in range(len(sample.images)))
+        if seeds != sample.image_seeds:
+            raise ShardError(f"{shard}: sample {sample.key} has other noise keys than the plan gives")
 
 
 def verify_images(shard: Shard) -> None:
@@ -77,13 +148,15 @@ def verify_images(shard: Shard) -> None:
     Raises:
         ShardError: An image does not decode, has another size, or the parquet differs from the tar.
     """
-    rows = {(row["key"], row["index"]): row for row in pq.read_table(shard.parquet_path).to_pylist()}
+    with shard.store.open(shard.parquet_name) as file:
+        rows = {(row["key"], row["index"]): row for row in pq.read_table(file).to_pylist()}
     if len(rows) != shard.num_images:
-        raise ShardError(f"{shard.parquet_path}: {len(rows)} rows, expected {shard.num_images}")
-    with shard.path.open("rb") as tar:
+        name = shard.store.name_of(shard.parquet_name)
+        raise ShardError(f"{name}: {len(rows)} rows, expected {shard.num_images}")
+    with shard.store.open(shard.tar_name) as tar:
         for sample in read_samples(shard):
             for index, image in enumerate(sample.images):
-                where = f"{shard.path}: image {sample.key}.{index}.{sample.image_extension}"
+                where = f"{shard}: image {sample.key}.{index}.{sample.image_extension}"
                 try:
                     shape = decode_image(image, sample.image_extension).shape
                 except ValueError as error:
@@ -94,7 +167,7 @@ def verify_images(shard: Shard) -> None:
                     )
                 row = rows.get((sample.key, index))
                 if row is None:
-                    raise ShardError(f"{where} has no row in {shard.parquet_path.name}")
+                    raise ShardError(f"{where} has no row in {shard.parquet_name}")
                 tar.seek(row["tar_offset"])
                 if tar.read(row["num_bytes"]) != image or row["caption"] != sample.caption:
-                    raise ShardError(f"{where} differs from its row in {shard.parquet_path.name}")
+                    raise ShardError(f"{where} differs from its row in {shard.parquet_name}")

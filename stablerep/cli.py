@@ -39,7 +39,14 @@ class Verb(NamedTuple):
 
 VERBS: dict[str, Verb] = {
     "generate": Verb("data_gen.job", "GenerateConfig", "captions to shards of images, by a diffusion model"),
+    "work": Verb("data_gen.worker", "WorkConfig", "join a dataset's generation job as one more worker"),
+    "status": Verb("data_gen.status", "StatusConfig", "how far a dataset's generation job has come"),
     "verify": Verb("data_gen.verify", "VerifyConfig", "check a dataset's sizes, hashes and counts"),
+    "repair": Verb("data_gen.repair", "RepairConfig", "bring a dataset's folder into order after a disaster"),
+    "browse": Verb("data_gen.browse", "BrowseConfig", "static pages to look through a dataset"),
+    "export-dataset": Verb(
+        "data_gen.export_dataset", "ExportDatasetConfig", "write a dataset in another layout"
+    ),
     "scenes": Verb(
         "data_gen.scenes", "ScenesConfig", "captions and rendered images of the built-in scene grammar"
     ),

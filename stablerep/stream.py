@@ -249,7 +249,7 @@ class ShardStream(IterableDataset[dict[str, Any]]):
 def _read(pieces: list[Piece]) -> Iterator[tuple[Sample, str]]:
     for piece in pieces:
         for sample in islice(read_samples(piece.shard), piece.start, piece.stop):
-            yield sample, piece.shard.path.name
+            yield sample, piece.shard.tar_name
 
 
 def shuffle_window(items: Iterable[Any], window: int, rng: np.random.Generator) -> Iterator[Any]:

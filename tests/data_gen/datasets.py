@@ -1,15 +1,26 @@
 """What tests build by hand: a tokenizer, a tiny pipeline, a plan, a dataset without a model."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
-from data_gen.captions import Caption
 from data_gen.noise import draw_noise, image_seed
 from data_gen.shard_writer import ShardWriter, write_manifest
-from data_gen.shards import DatasetManifest, Sample, Shard, hash_settings
+from data_gen.shards import SCHEMA_VERSION, DatasetManifest, Sample, Shard, hash_settings
+
+FINGERPRINT = "0123456789ab"
+
+
+@dataclass(frozen=True)
+class Request:
+    """Stands in for data_gen.generator.ImageRequest."""
+
+    key: str
+    text: str
+    image_indices: tuple[int, ...]
 
 
 class NoiseGenerator:
@@ -18,18 +29,27 @@ class NoiseGenerator:
     def __init__(self, *_: Any) -> None:
         pass
 
-    def generate(self, captions: Sequence[Caption], num_images: int, seed: int) -> Iterator[Any]:
-        for caption in captions:
-            seeds = tuple(image_seed(seed, caption.caption_id, index) for index in range(num_images))
+    fingerprints: ClassVar = {FINGERPRINT: {"device": "none"}}
+
+    def generate(self, requests: Iterable[Any], seed: int) -> Iterator[Any]:
+        for request in requests:
+            seeds = tuple(image_seed(seed, request.key, index) for index in request.image_indices)
             images = tuple(
                 (draw_noise(key, (8, 8, 3)) * 50 + 128).clip(0, 255).astype("uint8") for key in seeds
             )
-            yield SimpleNamespace(caption=caption, images=images, image_seeds=seeds, failure=None)
+            yield SimpleNamespace(
+                request=request,
+                images=images,
+                image_seeds=seeds,
+                guidance_scales=(2.0,) * len(seeds),
+                fingerprints=(FINGERPRINT,) * len(seeds),
+                failure=None,
+            )
 
     def fingerprint(self) -> dict[str, Any]:
-        return {}
+        return {"device": "none"}
 
-    def count_truncated(self, captions: Sequence[Caption]) -> int:
+    def count_truncated(self, texts: Sequence[str]) -> int:
         return 0
 
 
@@ -97,14 +117,55 @@ def save_tiny_pipeline(folder: Path) -> None:
     pipeline.save_pretrained(folder)
 
 
+def save_tiny_sdxl_pipeline(folder: Path, tiny_pipeline: Path) -> Any:
+    """A Stable Diffusion XL pipeline around the parts of the tiny one; saved, and returned."""
+    from diffusers import DiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    small: Any = DiffusionPipeline.from_pretrained(tiny_pipeline)
+    text_config = CLIPTextConfig(**{**small.text_encoder.config.to_dict(), "projection_dim": 32})
+    unet_config = {**small.unet.config, "addition_embed_type": "text_time", "addition_time_embed_dim": 8}
+    unet_config |= {"projection_class_embeddings_input_dim": 6 * 8 + 32, "cross_attention_dim": 64}
+    pipeline: Any = StableDiffusionXLPipeline(
+        vae=small.vae,
+        text_encoder=small.text_encoder,
+        text_encoder_2=CLIPTextModelWithProjection(text_config),
+        tokenizer=small.tokenizer,
+        tokenizer_2=small.tokenizer,
+        unet=UNet2DConditionModel.from_config(unet_config),
+        scheduler=small.scheduler,
+        add_watermarker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return pipeline
+
+
+def save_tiny_vae(folder: Path, latent_channels: int = 4, num_blocks: int = 2) -> None:
+    """An AutoencoderTiny with random weights; with two blocks it fits the tiny pipeline."""
+    import torch
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(1)
+    vae: Any = AutoencoderTiny(
+        encoder_block_out_channels=(8,) * num_blocks,
+        decoder_block_out_channels=(8,) * num_blocks,
+        num_encoder_blocks=(1,) * num_blocks,
+        num_decoder_blocks=(1,) * num_blocks,
+        latent_channels=latent_channels,
+    )
+    vae.save_pretrained(folder)
+
+
 def build_manifest(num_captions: int, num_images_per_caption: int = 2) -> DatasetManifest:
     """The plan of a dataset of one shard, for tests that write shards without a model."""
     settings = {"generator": {"model": "none"}, "seed": 0, "num_captions": num_captions}
     return DatasetManifest(
-        schema_version=1,
+        schema_version=SCHEMA_VERSION,
         settings=settings,
         settings_hash=hash_settings(settings),
-        captions_source={"name": "captions.txt"},
+        captions_source={"files": [{"name": "captions.txt"}]},
+        caption_files=(),
+        extra_columns={},
         num_captions=num_captions,
         num_images_per_caption=num_images_per_caption,
         num_captions_per_shard=num_captions,
@@ -121,7 +182,7 @@ def write_shard(root: Path, samples: list[Sample]) -> Shard:
     with ShardWriter(root, manifest, 0) as writer:
         for sample in samples:
             writer.write(sample)
-        return writer.publish(num_planned=len(samples), seconds=1.0, fingerprint={})
+        return writer.publish(num_planned=len(samples), seconds=1.0)
 
 
 def read_stats(root: Path, name: str = "00000") -> dict[str, Any]:

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from data_gen.captions import Caption, caption_id
+from data_gen.captions import caption_id
 from data_gen.embedded import train
-from data_gen.generator import DiffusionGenerator, load_pipeline
+from data_gen.generator import DiffusionGenerator, ImageRequest, load_pipeline
 from data_gen.models import (
     BOUNDED_NOISE_SCHEDULERS,
     EMBEDDED_FOLDER,
@@ -31,7 +31,8 @@ def draw(
         num_inference_steps=NUM_STEPS, scheduler=scheduler, guidance_scale=guidance_scale, device="cpu"
     )
     generator = DiffusionGenerator(config, find_model(config), num_images_per_batch=4)
-    made = list(generator.generate([Caption(caption_id(text), text) for text in texts], num_images, seed=0))
+    requests = [ImageRequest(caption_id(text), text, tuple(range(num_images))) for text in texts]
+    made = list(generator.generate(requests, seed=0))
     assert [result.failure for result in made] == [None] * len(texts)
     return np.array([result.images for result in made], dtype=np.float64)
 

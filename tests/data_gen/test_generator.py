@@ -1,9 +1,9 @@
 """Laws of generation, on a tiny pipeline with random weights that is loaded like any other."""
 
-import dataclasses
+import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,25 @@ import numpy as np
 import pytest
 import torch
 
-from data_gen.captions import Caption, caption_id
-from data_gen.generator import NUM_CAPTIONS_PER_ENCODING, DiffusionGenerator, GeneratedCaption
-from data_gen.models import SCHEDULERS, GeneratorConfig, digest_model, find_model
+from data_gen.captions import caption_id
+from data_gen.generator import (
+    NUM_CAPTIONS_PER_ENCODING,
+    DiffusionGenerator,
+    GeneratedCaption,
+    ImageRequest,
+    describe_machine,
+    fingerprint_id,
+)
+from data_gen.models import SCHEDULERS, GeneratorConfig, find_model
 from data_gen.noise import draw_noise, image_seed
+from tests.data_gen.datasets import save_tiny_sdxl_pipeline
 
 TEXTS = ("a red cube", "two green spheres", "ein blauer Ring", "猫と犬", "a dog")
-CAPTIONS = tuple(Caption(caption_id(text), text) for text in TEXTS)
+
+
+def ask(texts: Sequence[str] = TEXTS, num_images: int = 3) -> list[ImageRequest]:
+    """The first images of each caption."""
+    return [ImageRequest(caption_id(text), text, tuple(range(num_images))) for text in texts]
 
 
 @pytest.fixture
@@ -46,8 +58,16 @@ def test_equal_seed_low_bits_do_not_collide() -> None:
     assert len(noises) == 3
 
 
+def test_noise_does_not_change_from_release_to_release() -> None:
+    key = image_seed(0, "a" * 32, 0)
+    assert key == "b2bcb923c2f37d50a1298a3b3e668b46"
+    assert image_seed(7, "a" * 32 + "-1", 3) == "7c0f7731ec6a8d451ae9cad2e24d002b"
+    digest = hashlib.sha256(draw_noise(key, (4, 8, 8)).tobytes()).hexdigest()
+    assert digest[:16] == "2006b4fa8adae161"
+
+
 def test_noise_is_that_of_philox_with_the_whole_key() -> None:
-    key = image_seed(0, CAPTIONS[0].caption_id, 1)
+    key = image_seed(0, caption_id(TEXTS[0]), 1)
     words = np.array([int(key, 16) % 2**64, int(key, 16) >> 64], dtype=np.uint64)
     expected = np.random.Generator(np.random.Philox(key=words)).standard_normal((4, 8), dtype=np.float32)
     np.testing.assert_array_equal(draw_noise(key, (4, 8)), expected)
@@ -62,19 +82,58 @@ def test_noise_is_standard_normal_and_independent_between_images() -> None:
 
 def test_same_image_whatever_the_batch_mates(build: Callable[..., DiffusionGenerator]) -> None:
     generator = build()
-    together = by_seed(list(generator.generate(CAPTIONS, 3, seed=0)))
+    together = by_seed(list(generator.generate(ask(num_images=3), seed=0)))
     alone = by_seed(
-        [*generator.generate(CAPTIONS[3:4], 3, seed=0), *generator.generate(CAPTIONS[:1], 3, seed=0)]
+        [*generator.generate(ask(TEXTS[3:4], 3), seed=0), *generator.generate(ask(TEXTS[:1], 3), seed=0)]
     )
-    backwards = by_seed(list(generator.generate(CAPTIONS[::-1], 2, seed=0)))
+    backwards = by_seed(list(generator.generate(ask(TEXTS[::-1], 2), seed=0)))
     assert len(together) == 15
     assert alone == {seed: together[seed] for seed in alone}
     assert backwards == {seed: together[seed] for seed in backwards}
 
 
+def test_any_subset_of_the_images_is_made_alone(build: Callable[..., DiffusionGenerator]) -> None:
+    generator = build()
+    together = by_seed(list(generator.generate(ask(), seed=0)))
+    wanted = [(2,), (0, 2), (1,)]
+    some = [
+        ImageRequest(caption_id(text), text, indices)
+        for text, indices in zip(TEXTS[1:4], wanted, strict=True)
+    ]
+    made = list(generator.generate(some, seed=0))
+    assert [result.request for result in made] == some
+    assert [len(result.images) for result in made] == [1, 2, 1]
+    assert by_seed(made) == {seed: together[seed] for seed in by_seed(made)}
+
+
+def test_an_equal_caption_under_another_key_is_another_image(
+    build: Callable[..., DiffusionGenerator],
+) -> None:
+    keys = [caption_id("a dog"), f"{caption_id('a dog')}-1"]
+    made = by_seed(list(build().generate([ImageRequest(key, "a dog", (0, 1)) for key in keys], seed=0)))
+    assert len(made) == len(set(made.values())) == 4
+
+
+def test_requests_are_read_no_further_than_the_next_batches_need(
+    build: Callable[..., DiffusionGenerator],
+) -> None:
+    read: list[int] = []
+
+    def endless() -> Iterator[ImageRequest]:
+        while True:
+            read.append(len(read))
+            yield ImageRequest(f"key{read[-1]}", "a dog", (0, 1))
+
+    made = build().generate(endless(), seed=0)
+    assert read == []
+    for number in range(3):
+        assert next(made).request.key == f"key{number}"
+    assert len(read) == NUM_CAPTIONS_PER_ENCODING
+
+
 def test_another_seed_caption_or_index_is_another_image(build: Callable[..., DiffusionGenerator]) -> None:
     generator = build()
-    first, second = (by_seed(list(generator.generate(CAPTIONS, 2, seed=seed))) for seed in (0, 1))
+    first, second = (by_seed(list(generator.generate(ask(num_images=2), seed=seed))) for seed in (0, 1))
     assert len({*first.values(), *second.values()}) == 20
 
 
@@ -85,7 +144,7 @@ def test_images_are_those_of_a_plain_call_of_the_pipeline(
 
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_pipeline, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
-    seeds = [image_seed(7, CAPTIONS[0].caption_id, index) for index in range(4)]
+    seeds = [image_seed(7, caption_id(TEXTS[0]), index) for index in range(4)]
     latents = torch.from_numpy(np.stack([draw_noise(seed, (4, 8, 8)) for seed in seeds]))
     expected = pipeline(
         [TEXTS[0]] * 4,
@@ -96,7 +155,7 @@ def test_images_are_those_of_a_plain_call_of_the_pipeline(
         output_type="np",
     ).images
     generator = build(guidance_scale=3.0, negative_prompt="blurry")
-    (result,) = generator.generate(CAPTIONS[:1], 4, seed=7)
+    (result,) = generator.generate(ask(TEXTS[:1], 4), seed=7)
     difference = np.abs(np.stack(result.images).astype(float) - 255 * expected)
     assert difference.max() < 1.0
     assert expected.std() > 0.01
@@ -115,7 +174,7 @@ def test_no_second_pass_at_guidance_one(
             "forward",
             lambda x, *a, f=forward, s=sizes, **k: s.append(len(x)) or f(x, *a, **k),
         )
-        list(generator.generate(CAPTIONS, 3, seed=0))
+        list(generator.generate(ask(num_images=3), seed=0))
         batches[guidance_scale] = sizes
     assert batches == {1.0: [4] * 8, 2.0: [8] * 8}
 
@@ -128,7 +187,7 @@ def test_each_caption_is_encoded_once(build: Callable[..., DiffusionGenerator]) 
         rows.append(len(inputs[0] if inputs else named["input_ids"]))
 
     generator.pipeline.text_encoder.register_forward_pre_hook(count_rows, with_kwargs=True)
-    list(generator.generate(CAPTIONS, 6, seed=0))
+    list(generator.generate(ask(num_images=6), seed=0))
     prompts_and_negative_prompts = [NUM_CAPTIONS_PER_ENCODING] * 2
     assert rows == prompts_and_negative_prompts
 
@@ -139,15 +198,15 @@ def test_every_named_scheduler_gives_the_same_image_again(
 ) -> None:
     generator = build(scheduler=scheduler, num_inference_steps=3)
     assert type(generator.pipeline.scheduler).__name__ == SCHEDULERS[scheduler][0]
-    first = by_seed(list(generator.generate(CAPTIONS[:3], 2, seed=0)))
-    again = by_seed(list(generator.generate(CAPTIONS[2:3], 2, seed=0)))
+    first = by_seed(list(generator.generate(ask(TEXTS[:3], 2), seed=0)))
+    again = by_seed(list(generator.generate(ask(TEXTS[2:3], 2), seed=0)))
     assert again == {seed: first[seed] for seed in again}
     assert len(set(first.values())) == 6
 
 
 def test_size_and_dtype_are_as_asked_for(build: Callable[..., DiffusionGenerator]) -> None:
     generator = build(height=16, width=24, dtype="bfloat16")
-    (result,) = generator.generate(CAPTIONS[:1], 2, seed=0)
+    (result,) = generator.generate(ask(TEXTS[:1], 2), seed=0)
     assert {image.shape for image in result.images} == {(16, 24, 3)}
     assert generator.pipeline.unet.dtype == torch.bfloat16
 
@@ -157,17 +216,17 @@ def test_an_image_that_is_not_finite_fails_its_caption_alone(
 ) -> None:
     generator = build()
     latents = generator._latents
-    bad = image_seed(0, CAPTIONS[1].caption_id, 2)
+    bad = image_seed(0, caption_id(TEXTS[1]), 2)
 
-    def poison(jobs: Any) -> torch.Tensor:
-        noise = latents(jobs)
-        for row, job in enumerate(jobs):
-            if job.seed == bad:
+    def poison(plans: Any) -> torch.Tensor:
+        noise = latents(plans)
+        for row, plan in enumerate(plans):
+            if plan.seed == bad:
                 noise[row] = float("nan")
         return noise
 
     generator._latents = poison  # type: ignore[method-assign]
-    failures = [result.failure for result in generator.generate(CAPTIONS, 3, seed=0)]
+    failures = [result.failure for result in generator.generate(ask(num_images=3), seed=0)]
     assert failures == [None, "non_finite", None, None, None]
 
 
@@ -180,45 +239,27 @@ def test_an_image_that_the_safety_checker_flags_fails_its_caption(
         "run_safety_checker",
         lambda image, device, dtype: (image, [False, True, False, False]),
     )
-    failures = [result.failure for result in generator.generate(CAPTIONS[:4], 2, seed=0)]
+    failures = [result.failure for result in generator.generate(ask(TEXTS[:4], 2), seed=0)]
     assert failures == ["safety_checker", None, "safety_checker", None]
 
 
 def test_truncated_captions_are_counted(build: Callable[..., DiffusionGenerator]) -> None:
-    long = "a cube " * 50
-    captions = [*CAPTIONS, Caption(caption_id(long), long)]
-    assert build().count_truncated(captions) == 1
+    assert build().count_truncated([*TEXTS, "a cube " * 50]) == 1
+    assert build().count_truncated([]) == 0
 
 
 def test_an_sdxl_pipeline_goes_the_same_way(tiny_pipeline: Path, tmp_path: Path) -> None:
-    from diffusers import DiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
-
-    small: Any = DiffusionPipeline.from_pretrained(tiny_pipeline)
-    text_config = CLIPTextConfig(**{**small.text_encoder.config.to_dict(), "projection_dim": 32})
-    unet_config = {**small.unet.config, "addition_embed_type": "text_time", "addition_time_embed_dim": 8}
-    unet_config |= {"projection_class_embeddings_input_dim": 6 * 8 + 32, "cross_attention_dim": 64}
-    pipeline: Any = StableDiffusionXLPipeline(
-        vae=small.vae,
-        text_encoder=small.text_encoder,
-        text_encoder_2=CLIPTextModelWithProjection(text_config),
-        tokenizer=small.tokenizer,
-        tokenizer_2=small.tokenizer,
-        unet=UNet2DConditionModel.from_config(unet_config),
-        scheduler=small.scheduler,
-        add_watermarker=False,
-    )
-    pipeline.save_pretrained(tmp_path)
+    pipeline = save_tiny_sdxl_pipeline(tmp_path, tiny_pipeline)
     config = GeneratorConfig(model=str(tmp_path), num_inference_steps=2, device="cpu")
     generator = DiffusionGenerator(config, find_model(config), 4)
-    together = by_seed(list(generator.generate(CAPTIONS, 3, seed=0)))
-    alone = by_seed(list(generator.generate(CAPTIONS[4:], 3, seed=0)))
+    together = by_seed(list(generator.generate(ask(num_images=3), seed=0)))
+    alone = by_seed(list(generator.generate(ask(TEXTS[4:], 3), seed=0)))
     assert alone == {seed: together[seed] for seed in alone}
     assert len(set(together.values())) == 15
 
     latents = torch.from_numpy(np.stack([draw_noise(seed, (4, 8, 8)) for seed in alone]))
     pipeline.set_progress_bar_config(disable=True)
-    texts = [CAPTIONS[4].text] * 3
+    texts = [TEXTS[4]] * 3
     plain = pipeline(
         texts,
         latents=latents,
@@ -236,22 +277,12 @@ def test_a_pipeline_of_an_unknown_family_is_prompted_with_text(
     build: Callable[..., DiffusionGenerator],
 ) -> None:
     generator = build()
-    known = by_seed(list(generator.generate(CAPTIONS[:2], 2, seed=0)))
+    known = by_seed(list(generator.generate(ask(TEXTS[:2], 2), seed=0)))
     generator._encodes_once = False
-    first = by_seed(list(generator.generate(CAPTIONS[:2], 2, seed=0)))
-    assert by_seed(list(generator.generate(CAPTIONS[:2], 2, seed=0))) == first
+    first = by_seed(list(generator.generate(ask(TEXTS[:2], 2), seed=0)))
+    assert by_seed(list(generator.generate(ask(TEXTS[:2], 2), seed=0))) == first
     assert first.keys() == known.keys()
     assert len(set(first.values())) == 4
-
-
-def test_a_missing_model_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"model folder .*/no/model/here does not exist"):
-        find_model(GeneratorConfig(model=str(tmp_path / "no/model/here")))
-
-
-def test_a_folder_without_a_pipeline_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"model_index\.json is missing"):
-        find_model(GeneratorConfig(model=str(tmp_path)))
 
 
 @pytest.mark.parametrize("part", ["unet/diffusion_pytorch_model.safetensors", "vae/config.json"])
@@ -263,38 +294,88 @@ def test_a_damaged_model_folder_is_named(tiny_pipeline: Path, tmp_path: Path, pa
         DiffusionGenerator(config, find_model(config), 4)
 
 
-def test_model_identity_is_that_of_its_content(tiny_pipeline: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(tiny_pipeline, tmp_path / "elsewhere"))
-    (folder / "README.md").write_text("hello")
-    assert digest_model(folder) == digest_model(tiny_pipeline)
-    settings = folder / "scheduler" / "scheduler_config.json"
-    settings.write_text(json.dumps({**json.loads(settings.read_text()), "beta_end": 0.5}))
-    assert digest_model(folder) != digest_model(tiny_pipeline)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"scheduler": "dpmsolver"}, r"got 'dpmsolver'; nearest: dpmsolver\+\+$"),
-        ({"scheduler": "eular"}, "nearest: euler$"),
-        ({"num_inference_steps": 0}, "num_inference_steps must be >= 1, got 0"),
-        ({"guidance_scale": -1.0}, "guidance_scale must be >= 0 and finite, got -1.0"),
-        ({"guidance_scale": float("nan")}, "guidance_scale must be >= 0 and finite, got nan"),
-        ({"height": 60}, "height must be a multiple of 8 pixels, got 60"),
-    ],
-)
-def test_a_setting_out_of_its_range_is_named_with_its_bound(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        dataclasses.replace(GeneratorConfig(), **change).check()
-
-
 @pytest.mark.parametrize("device", ["cuda:77", "no-device"])
 def test_a_device_that_is_not_there_is_named(build: Callable[..., DiffusionGenerator], device: str) -> None:
     with pytest.raises(ValueError, match=f"generator.device must be auto, cpu or .*, got {device} "):
         build(device=device)
 
 
-def test_a_hub_model_out_of_reach_is_named() -> None:
-    with pytest.raises(OSError, match=r"^hub model no-owner/no-name cannot be had .*: .+$") as caught:
-        find_model(GeneratorConfig(model="no-owner/no-name"))
-    assert len(str(caught.value).splitlines()) == 1
+class SmallMemory:
+    """A pipeline's `__call__` on a device that holds so many images; records the sizes that were tried."""
+
+    def __init__(self, pipeline: Any, max_images: int, error: Exception) -> None:
+        self.pipeline, self.max_images, self.error = pipeline, max_images, error
+        self.tried: list[int] = []
+
+    def __call__(self, **arguments: Any) -> Any:
+        self.tried.append(len(arguments["latents"]))
+        if self.tried[-1] > self.max_images:
+            raise self.error
+        return self.pipeline(**arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.pipeline, name)
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    MemoryError("Unable to allocate 2.00 GiB"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+def test_a_batch_that_does_not_fit_is_halved_and_no_image_is_lost(
+    build: Callable[..., DiffusionGenerator], error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generator = build(num_images_per_batch=8)
+    generator.pipeline = SmallMemory(generator.pipeline, 3, error)
+    made = list(generator.generate(ask(), seed=0))
+    assert generator.pipeline.tried == [8, 4] + [2] * 8
+    assert generator.num_images_per_batch == 2
+    assert by_seed(made) == by_seed(list(build(num_images_per_batch=2).generate(ask(), seed=0)))
+    assert "stablerep generate: a batch of 8 images does not fit into memory" in capsys.readouterr().err
+
+
+def test_images_after_a_halved_batch_carry_the_new_fingerprint(
+    build: Callable[..., DiffusionGenerator],
+) -> None:
+    generator = build(num_images_per_batch=8)
+    before = generator.fingerprint()
+    assert generator.fingerprints == {}
+    pipeline = SmallMemory(generator.pipeline, 8, torch.OutOfMemoryError("CUDA out of memory"))
+    generator.pipeline = pipeline
+    results = generator.generate(ask(), seed=0)
+    made = [next(results), next(results)]
+    pipeline.max_images = 4
+    made += results
+    ids = [fingerprint for result in made for fingerprint in result.fingerprints]
+    old, new = fingerprint_id(before), fingerprint_id({**before, "num_images_per_batch": 4})
+    assert ids == [old] * 8 + [new] * 7
+    assert generator.fingerprints == {old: before, new: generator.fingerprint()}
+    assert generator.fingerprint() == {**before, "num_images_per_batch": 4}
+
+
+def test_a_device_that_holds_no_image_at_all_is_named(build: Callable[..., DiffusionGenerator]) -> None:
+    generator = build(num_images_per_batch=4)
+    generator.pipeline = SmallMemory(generator.pipeline, 0, torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(OSError, match=r"^cpu has too little memory for a batch of one image of 16×16 pixels"):
+        list(generator.generate(ask(), seed=0))
+
+
+def test_another_error_is_not_taken_for_a_lack_of_memory(build: Callable[..., DiffusionGenerator]) -> None:
+    generator = build()
+    generator.pipeline = SmallMemory(generator.pipeline, 0, RuntimeError("mat1 and mat2 do not fit"))
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        list(generator.generate(ask(), seed=0))
+    assert generator.num_images_per_batch == 4
+
+
+def test_the_fingerprint_is_known_without_the_model(build: Callable[..., DiffusionGenerator]) -> None:
+    generator = build(num_images_per_batch=3, dtype="bfloat16")
+    fingerprint = generator.fingerprint()
+    assert describe_machine(generator.config, "cpu", None, 3) == fingerprint
+    other = describe_machine(generator.config, "cpu", torch.get_num_threads() + 1, 3)
+    assert fingerprint_id(other) != fingerprint_id(fingerprint)
+    plain_json = json.dumps(fingerprint, sort_keys=True, ensure_ascii=False)
+    assert fingerprint_id(fingerprint) == hashlib.sha256(plain_json.encode()).hexdigest()[:12]

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-import data_gen.job
+from data_gen import shard_job
 from data_gen.generator import DiffusionGenerator
 from data_gen.job import GenerateConfig, run
 from data_gen.models import GeneratorConfig
@@ -29,8 +29,17 @@ MakeConfig = Callable[..., GenerateConfig]
 
 
 def data_files(root: Path) -> dict[str, bytes]:
-    """Everything but the markers, which hold seconds."""
-    return {path.name: path.read_bytes() for path in root.iterdir() if not path.name.endswith("_stats.json")}
+    """Everything but the markers, which hold seconds, and the fingerprints of those who worked on it."""
+    return {
+        path.relative_to(root).as_posix(): path.read_bytes()
+        for path in root.rglob("*")
+        if path.is_file() and not path.name.endswith("_stats.json") and path.parent.name != "fingerprints"
+    }
+
+
+def finished_files(root: Path) -> dict[str, bytes]:
+    """Those, without what workers tell each other."""
+    return {name: content for name, content in data_files(root).items() if not name.startswith(".work/")}
 
 
 def test_the_verb_writes_what_the_plan_says(
@@ -39,7 +48,7 @@ def test_the_verb_writes_what_the_plan_says(
     config = make_config()
     options = [
         "--captions",
-        config.captions,
+        *config.caption_patterns,
         "--output",
         config.output,
         "--generator.model",
@@ -70,8 +79,14 @@ def test_dataset_holds_each_caption_once_with_all_of_its_images(finished_dataset
     assert [shard.num_samples for shard in shards] == [2, 2, 1]
     assert len({image for sample in samples for image in sample.images}) == 15
     assert manifest.fingerprint["dtype"] == "float32"
-    assert {path.name for path in finished_dataset.iterdir()} == {
-        *("dataset.json", "README.md", "croissant.json"),
+    (caption_file,) = manifest.caption_files
+    (fingerprint,) = {name for sample in samples for name in sample.fingerprints}
+    assert (
+        json.loads((finished_dataset / f"fingerprints/{fingerprint}.json").read_text())
+        == manifest.fingerprint
+    )
+    assert {path.relative_to(finished_dataset).as_posix() for path in finished_dataset.rglob("*.*")} >= {
+        *("dataset.json", "README.md", "croissant.json", caption_file["name"]),
         *(f"0000{index}{end}" for index in range(3) for end in (".tar", ".parquet", "_stats.json")),
     }
 
@@ -81,21 +96,20 @@ def test_card_and_croissant_describe_the_files(finished_dataset: Path) -> None:
 
     header = (finished_dataset / "README.md").read_text().split("---")[1]
     assert yaml.safe_load(header)["configs"][0]["data_files"] == "*.tar"
-    croissant = json.loads((finished_dataset / "croissant.json").read_text())
-    described = {file["name"]: file.get("sha256") for file in croissant["distribution"]}
-    for index in range(3):
-        stats = read_stats(finished_dataset, f"0000{index}")
-        assert described[f"0000{index}.tar"] == stats["tar"]["sha256"]
-        assert described[f"0000{index}.parquet"] == stats["parquet"]["sha256"]
+    assert json.loads((finished_dataset / "croissant.json").read_text())["@type"] == "sc:Dataset"
+    check = subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=finished_dataset)
+    assert check.returncode == 0
+    listed = {line.split()[1] for line in (finished_dataset / "SHA256SUMS").read_text().splitlines()}
+    assert {f"0000{index}{end}" for index in range(3) for end in (".tar", ".parquet")} <= listed
 
 
 def test_a_finished_job_loads_no_model_and_changes_nothing(
     make_config: MakeConfig, dataset_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = {path.name: path.read_bytes() for path in dataset_copy.iterdir()}
+    before = data_files(dataset_copy)
     monkeypatch.setattr("data_gen.generator.load_pipeline", None)
     assert run(make_config()) == 0
-    assert {path.name: path.read_bytes() for path in dataset_copy.iterdir()} == before
+    assert data_files(dataset_copy) == before
 
 
 @pytest.mark.parametrize("missing", [["00001_stats.json"], ["00000.tar", "00002.parquet"], ["00001.tar"]])
@@ -111,13 +125,14 @@ def test_resume_writes_identical_bytes(
 def test_resume_makes_missing_shards_alone(
     make_config: MakeConfig, dataset_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (dataset_copy / "00001_stats.json").unlink()
+    for path in dataset_copy.glob("00001*"):
+        path.unlink()
     drawn: list[str] = []
     generate = DiffusionGenerator.generate
 
-    def record(self: DiffusionGenerator, captions: Any, *arguments: Any) -> Any:
-        drawn.extend(caption.text for caption in captions)
-        return generate(self, captions, *arguments)
+    def record(self: DiffusionGenerator, requests: Any, seed: int) -> Any:
+        drawn.extend(request.text for request in requests)
+        return generate(self, requests, seed)
 
     monkeypatch.setattr(DiffusionGenerator, "generate", record)
     assert run(make_config()) == 0
@@ -133,13 +148,19 @@ def test_killed_job_loses_only_the_shard_in_flight(
         "import os, signal, sys, types\n"
         "from data_gen.job import GenerateConfig, run\n"
         "from data_gen.models import GeneratorConfig\n"
-        "from tests.data_gen.datasets import NoiseGenerator\n"
+        "from tests.data_gen.datasets import NoiseGenerator, Request\n"
         "class Killed(NoiseGenerator):\n"
-        "    def generate(self, captions, num_images, seed):\n"
-        "        yield from super().generate(captions, num_images, seed)\n"
-        "        if captions[0].text.startswith('ein'):\n"
-        "            os.kill(os.getpid(), signal.SIGKILL)\n"
-        "light = types.SimpleNamespace(DiffusionGenerator=Killed)\n"
+        "    def generate(self, requests, seed):\n"
+        "        for made in super().generate(requests, seed):\n"
+        "            if made.request.text == '猫と犬':\n"
+        "                os.kill(os.getpid(), signal.SIGKILL)\n"
+        "            yield made\n"
+        "from data_gen.engines.ray_cluster import RayConfig\n"
+        "from data_gen.engines.slurm import SlurmConfig\n"
+        "light = types.ModuleType('data_gen.generator')\n"
+        "light.DiffusionGenerator = Killed\n"
+        "light.ImageRequest = Request\n"
+        "light.describe_machine = lambda *_: {}\n"
         "sys.modules['data_gen.generator'] = light  # without torch, this takes a second\n"
         f"run({config!r})\n"
     )
@@ -152,6 +173,7 @@ def test_killed_job_loses_only_the_shard_in_flight(
     assert list(root.glob(".00001.tar.*.tmp"))
     first = (root / "00000.tar").stat().st_mtime_ns
     monkeypatch.setattr("data_gen.generator.DiffusionGenerator", NoiseGenerator)
+    monkeypatch.setattr("data_gen.generator.describe_machine", lambda *_: {})
     undisturbed = dataclasses.replace(config, output=str(tmp_path / "undisturbed" / root.name))
     assert run(config) == run(undisturbed) == 0
     assert data_files(root) == data_files(Path(undisturbed.output))
@@ -162,20 +184,20 @@ def test_an_exception_loses_only_the_shard_in_flight(
     make_config: MakeConfig, finished_dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config()
-    build_sample = data_gen.job.build_sample
+    build_sample = shard_job._ShardJob._build_sample
 
-    def break_at_the_fourth(caption: Any, *arguments: Any, **options: Any) -> Any:
+    def break_at_the_fourth(self: Any, caption: Any, new: Any) -> Any:
         if caption.text == CAPTIONS[3]:
             raise RuntimeError("power cut")
-        return build_sample(caption, *arguments, **options)
+        return build_sample(self, caption, new)
 
     with monkeypatch.context() as context:
-        context.setattr(data_gen.job, "build_sample", break_at_the_fourth)
-        with pytest.raises(RuntimeError, match="power cut"):
+        context.setattr(shard_job._ShardJob, "_build_sample", break_at_the_fourth)
+        with pytest.raises(RuntimeError, match="shard 00001: RuntimeError: power cut"):
             run(config)
     root = Path(config.output)
-    assert sorted(path.name for path in root.iterdir()) == [
-        *("00000.parquet", "00000.tar", "00000_stats.json", "dataset.json")
+    assert sorted(path.name for path in root.glob("*.*")) == [
+        *(".work", "00000.parquet", "00000.tar", "00000_stats.json", "dataset.json")
     ]
     assert run(config) == 0
     assert data_files(root) == data_files(finished_dataset)
@@ -232,7 +254,7 @@ def test_device_and_place_are_no_part_of_the_plan(
     make_config: MakeConfig, dataset_copy: Path, tiny_pipeline: Path, tmp_path: Path
 ) -> None:
     model = shutil.copytree(tiny_pipeline, tmp_path / "elsewhere" / tiny_pipeline.name)
-    captions = shutil.copy(make_config().captions, tmp_path / "renamed.txt")
+    captions = shutil.copy(make_config().caption_patterns[0], tmp_path / "renamed.txt")
     config = make_config(captions=str(captions), generator={"model": str(model), "device": "auto"})
     assert run(config) == 0
 
@@ -256,7 +278,7 @@ def test_planned_equals_written_plus_failed_and_the_exit_code_says_so(
 
     def flag_the_first(self: DiffusionGenerator, jobs: Any) -> Any:
         images, _ = run_batch(self, jobs)
-        return images, ["safety_checker" if job.caption.text == CAPTIONS[0] else None for job in jobs]
+        return images, ["safety_checker" if job.request.text == CAPTIONS[0] else None for job in jobs]
 
     monkeypatch.setattr(DiffusionGenerator, "_run", flag_the_first)
     config = make_config()
@@ -308,7 +330,7 @@ def test_bad_captions_give_one_clear_line(
     if content is not None:
         path.write_bytes(content)
     assert message in error_line(capsys, "--captions", str(path), "--output", str(tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out/*"))
 
 
 def test_an_unwritable_output_is_named_before_the_model_is_looked_for(
@@ -318,19 +340,6 @@ def test_an_unwritable_output_is_named_before_the_model_is_looked_for(
     output = str(tmp_path / "file" / "dataset")
     options = ["--captions", str(captions_file), "--output", output, "--generator.model", "/no/model"]
     assert f"output {output} cannot be written: Not a directory" in error_line(capsys, *options)
-
-
-def test_a_url_as_output_is_refused_rather_than_written_to_a_folder_of_its_name(
-    tmp_path: Path, captions_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    before = set(tmp_path.iterdir())
-    options = ["--captions", str(captions_file), "--output", "s3://bucket/dataset"]
-    assert "s3://bucket/dataset is a URL; a dataset must be a local" in error_line(capsys, *options)
-    for url in ("s3://bucket/dataset", Path("s3://bucket/dataset")):
-        with pytest.raises(ValueError, match="is a URL"):
-            read_manifest(url)
-    assert set(tmp_path.iterdir()) == before
 
 
 def test_a_missing_model_is_named(
@@ -369,12 +378,12 @@ def test_another_plan_that_begins_while_the_model_loads_is_refused(
         def __init__(self, *_: Any) -> None:
             monkeypatch.setattr("data_gen.generator.DiffusionGenerator", NoiseGenerator)
             run(make_config(seed=0))
-            begun.update(data_files(Path(config.output)))
+            begun.update(finished_files(Path(config.output)))
 
     monkeypatch.setattr("data_gen.generator.DiffusionGenerator", SlowToLoad)
-    with pytest.raises(ValueError, match=r"of another plan: seed is 0 there and 1 here"):
+    with pytest.raises(ValueError, match=r"its plan was changed while this worker ran"):
         run(config)
-    assert data_files(Path(config.output)) == begun
+    assert finished_files(Path(config.output)) == begun
 
 
 def test_a_damaged_manifest_is_named(make_config: MakeConfig, dataset_copy: Path) -> None:
@@ -401,9 +410,9 @@ def test_a_setting_out_of_its_range_is_named_with_its_bound(change: dict[str, An
 def test_temporaries_of_killed_processes_are_removed_and_those_of_living_ones_stay(
     make_config: MakeConfig, dataset_copy: Path
 ) -> None:
-    from data_gen.shard_writer import temporary_path
+    from data_gen.storage_local import temporary_name
 
-    living = temporary_path(dataset_copy / "00009.tar")
+    living = dataset_copy / temporary_name("00009.tar")
     dead = living.with_name(living.name.replace(f".{os.getpid()}.", ".4194304."))
     for path in (living, dead):
         path.write_bytes(b"part")

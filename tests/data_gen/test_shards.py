@@ -14,9 +14,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from data_gen.captions import Caption, caption_id
-from data_gen.images import build_sample, decode_image
-from data_gen.shard_writer import ShardWriter, write_manifest
+from data_gen.captions import caption_id
+from data_gen.images import decode_image, encode_image
+from data_gen.shard_writer import ShardTakenError, ShardWriter, write_manifest
 from data_gen.shards import (
     Sample,
     Shard,
@@ -26,8 +26,9 @@ from data_gen.shards import (
     read_samples,
     verify_shard,
 )
+from data_gen.storage import Store
 from data_gen.verify import VerifyConfig, run, verify_images
-from tests.data_gen.datasets import build_manifest, read_stats, write_shard
+from tests.data_gen.datasets import FINGERPRINT, build_manifest, read_stats, write_shard
 
 
 def make_samples(num_samples: int = 3, num_images: int = 2) -> list[Sample]:
@@ -35,9 +36,21 @@ def make_samples(num_samples: int = 3, num_images: int = 2) -> list[Sample]:
     samples = []
     for index in range(num_samples):
         images = rng.integers(0, 256, (num_images, 12, 16, 3), dtype=np.uint8)
-        caption = Caption(caption_id(f"caption {index}"), f"caption {index}")
-        seeds = [f"{index:016x}{image:016x}" for image in range(num_images)]
-        samples.append(build_sample(caption, list(images), seeds, "jpg", 90, None))
+        identity = caption_id(f"caption {index}")
+        samples.append(
+            Sample(
+                key=identity,
+                caption_id=identity,
+                caption=f"caption {index}",
+                images=tuple(encode_image(pixels, "jpg", 90, None)[0] for pixels in images),
+                image_extension="jpg",
+                image_seeds=tuple(f"{index:016x}{image:016x}" for image in range(num_images)),
+                width=16,
+                height=12,
+                guidance_scales=(2.0,) * num_images,
+                fingerprints=(FINGERPRINT,) * num_images,
+            )
+        )
     return samples
 
 
@@ -243,13 +256,20 @@ def test_planned_equals_written_plus_failed(tmp_path: Path) -> None:
     with ShardWriter(tmp_path, build_manifest(2), 0) as writer:
         writer.write(first)
         with pytest.raises(ShardError, match="2 captions were planned, but 1 written and 0 failed"):
-            writer.publish(num_planned=2, seconds=1.0, fingerprint={})
-        writer.fail(second.caption_id, "safety_checker")
-        shard = writer.publish(num_planned=2, seconds=1.0, fingerprint={})
+            writer.publish(num_planned=2, seconds=1.0)
+        writer.fail(second.key, second.caption, "safety_checker")
+        shard = writer.publish(num_planned=2, seconds=1.0)
     assert (shard.num_samples, shard.num_failed) == (1, 1)
     stats = read_stats(tmp_path)
     assert stats["failures_by_reason"] == {"safety_checker": 1}
-    assert stats["failed_captions"] == [{"caption_id": second.caption_id, "reason": "safety_checker"}]
+    assert stats["failed_captions"] == [
+        {
+            "key": second.key,
+            "caption_id": second.caption_id,
+            "caption": second.caption,
+            "reason": "safety_checker",
+        }
+    ]
 
 
 def test_a_shard_without_its_marker_is_not_complete(shard: Shard) -> None:
@@ -278,8 +298,8 @@ def test_a_folder_without_a_manifest_is_no_dataset(tmp_path: Path) -> None:
 
 def test_a_manifest_of_another_schema_is_refused(shard: Shard) -> None:
     path = shard.path.parent / "dataset.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "schema_version": 2}))
-    with pytest.raises(ShardError, match="schema_version must be 1, got 2"):
+    path.write_text(json.dumps({**json.loads(path.read_text()), "schema_version": 1}))
+    with pytest.raises(ShardError, match="schema_version must be 2, got 1"):
         read_manifest(shard.path.parent)
 
 
@@ -291,23 +311,53 @@ def test_a_count_that_is_none_is_named(shard: Shard, value: object) -> None:
         read_manifest(shard.path.parent)
 
 
+def write_again(root: Path, samples: list[Sample], replaces: str | None = None) -> Shard:
+    """A second writer of the first shard of three captions; those without a sample failed."""
+    with ShardWriter(root, read_manifest(root), 0) as writer:
+        for sample in samples:
+            writer.write(sample)
+        for index in range(len(samples), 3):
+            writer.fail(f"key{index}", "a caption", "safety_checker")
+        return writer.publish(num_planned=3, seconds=1.0, replaces=replaces)
+
+
+def test_the_first_writer_wins(shard: Shard) -> None:
+    files = {path.name: path.read_bytes() for path in shard.path.parent.iterdir()}
+    with pytest.raises(ShardTakenError, match=r"00000\.tar: another writer has published another tar"):
+        write_again(shard.path.parent, make_samples()[:2])
+    assert write_again(shard.path.parent, make_samples()) == shard
+    assert {path.name: path.read_bytes() for path in shard.path.parent.iterdir()} == files
+
+
+def test_a_tar_without_its_marker_gets_it_from_a_writer_of_the_same_bytes(shard: Shard) -> None:
+    files = {path.name: path.read_bytes() for path in shard.path.parent.iterdir()}
+    shard.path.with_name("00000_stats.json").unlink()
+    shard.parquet_path.unlink()
+    assert write_again(shard.path.parent, make_samples()) == shard
+    assert {path.name: path.read_bytes() for path in shard.path.parent.iterdir()} == files
+
+
 def test_no_marker_stands_beside_a_tar_that_it_does_not_describe(
     shard: Shard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A shard is made again, and the process dies once the tar is published."""
-    root, manifest = shard.path.parent, read_manifest(shard.path.parent)
+    """A tar whose marker was taken away is replaced, and the process dies before the next file."""
+    root = shard.path.parent
+    shard.path.with_name("00000_stats.json").unlink()
+    replace = Store.replace
 
-    def die(path: Path, content: bytes) -> None:
+    def die(self: Store, name: str, content: bytes | Path) -> None:
+        replace(self, name, content)
         raise OSError("power")
 
-    monkeypatch.setattr("data_gen.shard_writer.write_file", die)
-    with ShardWriter(root, manifest, 0) as writer:
-        for sample in make_samples()[:2]:
-            writer.write(sample)
-        writer.fail(make_samples()[2].caption_id, "safety_checker")
+    with monkeypatch.context() as context:
+        context.setattr(Store, "replace", die)
         with pytest.raises(OSError, match="power"):
-            writer.publish(num_planned=3, seconds=1.0, fingerprint={})
+            write_again(root, make_samples()[:2], replaces=shard.sha256)
     assert list_complete_shards(root) == []
+    replaced = write_again(root, make_samples()[:2])
+    verify_shard(replaced)
+    verify_images(replaced)
+    assert (replaced.num_samples, replaced.num_failed) == (2, 1)
 
 
 def test_shard_names_sort_by_index() -> None:
@@ -324,7 +374,9 @@ def test_the_contract_imports_no_torch() -> None:
 
 
 def without_provenance(sample: Sample) -> Sample:
-    return dataclasses.replace(sample, image_seeds=(), width=0, height=0)
+    return dataclasses.replace(
+        sample, image_seeds=(), width=0, height=0, guidance_scales=(), fingerprints=(), occurrence=0, extra={}
+    )
 
 
 def read_members(path: Path) -> dict[str, bytes]:

@@ -8,7 +8,7 @@ from PIL import Image
 
 from data_gen.captions import caption_id
 from data_gen.shard_writer import ShardWriter, write_manifest
-from data_gen.shards import DatasetManifest, Sample, hash_settings
+from data_gen.shards import SCHEMA_VERSION, DatasetManifest, Sample, hash_settings
 
 
 def encode_noise(rng: np.random.Generator, size: int, image_format: str = "JPEG") -> bytes:
@@ -27,7 +27,18 @@ def build_sample(caption: str, num_images: int, size: int, corrupt: bool = False
     if corrupt:
         images[0] = images[0][:40]
     seeds = tuple(f"{index:032x}" for index in range(num_images))
-    return Sample(identity, identity, caption, tuple(images), "jpg", seeds, size, size)
+    return Sample(
+        key=identity,
+        caption_id=identity,
+        caption=caption,
+        images=tuple(images),
+        image_extension="jpg",
+        image_seeds=seeds,
+        width=size,
+        height=size,
+        guidance_scales=(2.0,) * num_images,
+        fingerprints=("0123456789ab",) * num_images,
+    )
 
 
 def write_dataset(
@@ -45,10 +56,12 @@ def write_dataset(
     root.mkdir(parents=True, exist_ok=True)
     settings = {"num_images": num_images, "size": size}
     manifest = DatasetManifest(
-        schema_version=1,
+        schema_version=SCHEMA_VERSION,
         settings=settings,
         settings_hash=hash_settings(settings),
-        captions_source={"name": "captions.txt"},
+        captions_source={"files": [{"name": "captions.txt"}]},
+        caption_files=(),
+        extra_columns={},
         num_captions=len(captions),
         num_images_per_caption=num_images,
         num_captions_per_shard=max(num_captions_of_shards, default=1),
@@ -61,7 +74,7 @@ def write_dataset(
         with ShardWriter(root, manifest, shard_index) as writer:
             for index in range(first, first + num_captions):
                 writer.write(build_sample(captions[index], num_images, size, corrupt=index in corrupt))
-            writer.publish(num_planned=num_captions, seconds=1.0, fingerprint={})
+            writer.publish(num_planned=num_captions, seconds=1.0)
         first += num_captions
     return captions
 

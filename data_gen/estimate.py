@@ -1,0 +1,83 @@
+"""`stablerep generate --dry_run`: the plan, and what it will take, measured on a few of its own captions."""
+
+import time
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data_gen.images import encode_image
+from data_gen.models import ModelFiles
+from data_gen.planning import PlannedCaption, read_planned_captions
+from data_gen.progress import format_seconds
+from data_gen.shards import MANIFEST_NAME, list_complete_shards
+from data_gen.storage import Store
+
+if TYPE_CHECKING:
+    from data_gen.freeze import Draft
+    from data_gen.job import GenerateConfig
+
+_NUM_BATCHES = 2
+_NUM_TAR_BYTES_PER_IMAGE = 1024
+"""Of headers and padding, beside the image itself."""
+
+
+def print_estimate(config: "GenerateConfig", draft: "Draft", model: ModelFiles, num_workers: int) -> int:
+    """Prints the plan, and the time, bytes and cost of what is left of it.
+
+    The model makes one batch to warm up and two that are timed. Several workers of one machine may take
+    longer than this says, as here one has the machine to itself.
+
+    Returns:
+        0.
+    """
+    manifest, store = draft.manifest, Store(config.output)
+    num_done = 0
+    if store.exists(MANIFEST_NAME):
+        num_done = sum(shard.num_images for shard in list_complete_shards(store))
+    num_images = manifest.num_captions * manifest.num_images_per_caption
+    print(
+        f"{store.url}: {manifest.num_captions:,} captions × {manifest.num_images_per_caption} = "
+        f"{num_images:,} images in {manifest.num_shards:,} shards; {num_done:,} of them there already"
+    )
+    seconds, num_bytes = _calibrate(config, model, _first_captions(config, draft, store))
+    left = max(0, num_images - num_done)
+    total_seconds = left * seconds / num_workers
+    workers = f"{num_workers} worker{'s' if num_workers > 1 else ''}"
+    print(f"size: {num_images * num_bytes / 1e9:,.3f} GB, {num_bytes / 1e3:,.1f} kB an image")
+    print(f"time: {format_seconds(total_seconds)} with {workers} at {1 / seconds:,.2f} images/s each")
+    if config.price_per_hour is not None:
+        cost = left * seconds / 3600 * config.price_per_hour
+        print(f"cost: {cost:,.2f} at {config.price_per_hour:g} an hour and worker")
+    return 0
+
+
+def _first_captions(config: "GenerateConfig", draft: "Draft", store: Store) -> list[PlannedCaption]:
+    """As many captions as the calibration needs, from the draft or from the dataset that is there."""
+    num_captions = -(-(_NUM_BATCHES + 1) * config.num_images_per_batch // config.num_images_per_caption)
+    name = Path(draft.manifest.caption_files[0]["name"])
+    opened = draft.caption_files[0].open("rb") if draft.caption_files else store.open(str(name))
+    with opened as file:
+        return list(islice(read_planned_captions(file, 0), num_captions))
+
+
+def _calibrate(
+    config: "GenerateConfig", model: ModelFiles, captions: list[PlannedCaption]
+) -> tuple[float, float]:
+    """Seconds and bytes of one image."""
+    from data_gen.generator import DiffusionGenerator, ImageRequest
+
+    generator = DiffusionGenerator(config.generator, model, config.num_images_per_batch)
+    indices = tuple(range(config.num_images_per_caption))
+    requests = [ImageRequest(caption.key, caption.text, indices) for caption in captions]
+    while len(requests) * len(indices) < (_NUM_BATCHES + 1) * config.num_images_per_batch:
+        requests += requests
+    times, sizes = [], []
+    for made in generator.generate(requests, config.seed):
+        sizes += [
+            len(encode_image(pixels, config.image_format, config.image_quality, config.stored_image_size)[0])
+            for pixels in made.images
+        ]
+        times.append((time.perf_counter(), len(sizes)))
+    first = next(index for index, (_, count) in enumerate(times) if count >= config.num_images_per_batch)
+    (start, before), (end, after) = times[first], times[-1]
+    return (end - start) / max(1, after - before), sum(sizes) / len(sizes) + _NUM_TAR_BYTES_PER_IMAGE

@@ -1,0 +1,195 @@
+"""Laws of workers as processes of this machine: whoever dies or leaves, the dataset is the same."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from data_gen.plan import Plan
+from data_gen.shards import list_complete_shards
+from data_gen.storage import Store
+from data_gen.work_folder import MAX_DEATHS, Worker, WorkFolder
+from tests.data_gen.light_workers import generate_command, light_environment
+
+NUM_CAPTIONS = 42
+
+
+@pytest.fixture
+def many_captions(tmp_path: Path) -> Path:
+    path = tmp_path / "captions.txt"
+    path.write_text("".join(f"caption {index}\n" for index in range(NUM_CAPTIONS)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The dataset's files as one worker writes them."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    captions = folder / "captions.txt"
+    captions.write_text("".join(f"caption {index}\n" for index in range(NUM_CAPTIONS)))
+    command = generate_command(captions, folder / "dataset", tiny_pipeline)
+    subprocess.run(command, env=light_environment(folder / "light"), check=True, capture_output=True)
+    return data_files(folder / "dataset")
+
+
+def data_files(root: Path) -> dict[str, bytes]:
+    """Everything but the markers, which hold seconds."""
+    return {
+        path.relative_to(root).as_posix(): path.read_bytes()
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and not path.name.endswith("_stats.json")
+    }
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_several_workers_write_what_one_writes(
+    tmp_path: Path, many_captions: Path, tiny_pipeline: Path, undisturbed: dict[str, bytes]
+) -> None:
+    command = generate_command(many_captions, tmp_path / "dataset", tiny_pipeline, "--num_workers", "3")
+    log = tmp_path / "log"
+    environment = light_environment(tmp_path / "light", LIGHT_LOG=str(log))
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert data_files(tmp_path / "dataset") == undisturbed
+    assert sorted(log.read_text().splitlines()) == sorted(f"caption {index}" for index in range(NUM_CAPTIONS))
+
+
+def test_random_kills_change_no_byte(
+    tmp_path: Path, many_captions: Path, tiny_pipeline: Path, undisturbed: dict[str, bytes]
+) -> None:
+    """The short form of benchmarks/chaos.py."""
+    command = generate_command(many_captions, tmp_path / "dataset", tiny_pipeline, "--num_workers", "4")
+    environment = light_environment(tmp_path / "light", LIGHT_SECONDS="0.4")
+    rng, num_kills = random.Random(0), 0
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as job:
+        while job.poll() is None and num_kills < 12:
+            time.sleep(rng.uniform(0.1, 0.5))
+            workers = children_of(job.pid) if job.poll() is None else []
+            if workers:
+                os.kill(rng.choice(workers), signal.SIGKILL)
+                num_kills += 1
+        _, error = job.communicate(timeout=120)
+    assert num_kills >= 6
+    assert "killed by SIGKILL" in error
+    if job.returncode != 0:  # a shard that happened to be hit three times at one place
+        assert "set aside" in error
+        subprocess.run([*command, "--retry_failed"], env=environment, check=True, capture_output=True)
+    assert data_files(tmp_path / "dataset") == undisturbed
+
+
+@pytest.mark.parametrize(
+    ("variable", "reason"),
+    [("LIGHT_POISON", "killed by SIGKILL"), ("LIGHT_BROKEN", "RuntimeError: cannot draw caption 10")],
+)
+def test_a_shard_that_kills_three_workers_is_set_aside(
+    variable: str,
+    reason: str,
+    tmp_path: Path,
+    many_captions: Path,
+    tiny_pipeline: Path,
+    undisturbed: dict[str, bytes],
+) -> None:
+    command = generate_command(many_captions, tmp_path / "dataset", tiny_pipeline, "--num_workers", "2")
+    environment = light_environment(tmp_path / "light", **{variable: "caption 10"})
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert f"shard 00002 is set aside: {reason}" in done.stderr
+    plan = Plan.read(Store(tmp_path / "dataset"))
+    work_folder = WorkFolder(plan.store, Worker.of_this_process(), lease_seconds=60)
+    assert len(work_folder.read_deaths("00002")) >= MAX_DEATHS
+    assert len(list_complete_shards(plan.store)) == plan.manifest.num_shards - 1
+    again = subprocess.run(command, env=light_environment(tmp_path / "light"), capture_output=True, text=True)
+    assert again.returncode == 1
+    subprocess.run(
+        [*command, "--retry_failed"],
+        env=light_environment(tmp_path / "light"),
+        check=True,
+        capture_output=True,
+    )
+    assert data_files(tmp_path / "dataset") == undisturbed
+
+
+@pytest.mark.parametrize("options", [(), ("--num_workers", "2")])
+def test_sigterm_gives_back_and_nothing_finished_is_made_twice(
+    options: tuple[str, ...],
+    tmp_path: Path,
+    many_captions: Path,
+    tiny_pipeline: Path,
+    undisturbed: dict[str, bytes],
+) -> None:
+    command = generate_command(many_captions, tmp_path / "dataset", tiny_pipeline, *options)
+    log = tmp_path / "log"
+    environment = light_environment(tmp_path / "light", LIGHT_LOG=str(log), LIGHT_SECONDS="0.05")
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as job:
+        while not log.exists() or len(log.read_text().splitlines()) < 6:
+            time.sleep(0.02)
+            assert job.poll() is None
+        job.send_signal(signal.SIGTERM)
+        _, error = job.communicate(timeout=60)
+    assert job.returncode == 75, error
+    assert not list((tmp_path / "dataset" / ".work").glob("*/claim.json"))
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert data_files(tmp_path / "dataset") == undisturbed
+    drawn = log.read_text().splitlines()
+    assert sorted(drawn) == sorted(f"caption {index}" for index in range(NUM_CAPTIONS))
+
+
+def test_workers_that_join_share_the_work(
+    tmp_path: Path, many_captions: Path, tiny_pipeline: Path, undisturbed: dict[str, bytes]
+) -> None:
+    log, root = tmp_path / "log", tmp_path / "dataset"
+    environment = light_environment(tmp_path / "light", LIGHT_LOG=str(log), LIGHT_SECONDS="0.05")
+    command = generate_command(many_captions, root, tiny_pipeline)
+    join = [*command[:3], "work", "--dataset", str(root), "--model", str(tiny_pipeline)]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as job:
+        while not log.exists():
+            time.sleep(0.02)
+            assert job.poll() is None
+        joined = subprocess.run(join, env=environment, capture_output=True, text=True)
+        assert joined.returncode == 0, joined.stderr
+        job.communicate(timeout=60)
+    assert job.returncode == 0
+    assert data_files(root) == undisturbed
+    assert sorted(log.read_text().splitlines()) == sorted(f"caption {index}" for index in range(NUM_CAPTIONS))
+
+
+def test_status_tells_of_a_running_job(tmp_path: Path, many_captions: Path, tiny_pipeline: Path) -> None:
+    root = tmp_path / "dataset"
+    environment = light_environment(tmp_path / "light", LIGHT_SECONDS="0.1")
+    command = generate_command(many_captions, root, tiny_pipeline, "--num_workers", "2")
+    ask = [*command[:3], "status", "--dataset", str(root), "--json"]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as job:
+        while not list(root.glob("*_stats.json")):
+            time.sleep(0.1)
+            assert job.poll() is None
+        running = subprocess.run(ask, env=environment, capture_output=True, text=True)
+        job.wait(timeout=60)
+    status = json.loads(running.stdout)
+    assert running.returncode == 75
+    assert not status["is_finished"]
+    assert 0 < status["num_shards_finished"] < status["num_shards"] == 11
+    assert 8 <= status["num_images_ready"] < status["num_images"] == 2 * NUM_CAPTIONS
+    assert len(status["workers"]) == 2
+    assert status["images_per_second"] > 0
+    finished = subprocess.run(ask, env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0
+    assert json.loads(finished.stdout)["num_captions_written"] == NUM_CAPTIONS
+
+
+def test_workers_that_cannot_start_end_the_job_with_their_reason(
+    tmp_path: Path, many_captions: Path, tiny_pipeline: Path
+) -> None:
+    command = generate_command(many_captions, tmp_path / "dataset", tiny_pipeline, "--num_workers", "1")
+    environment = light_environment(tmp_path / "light", LIGHT_UNLOADED="no such weights")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "5 workers in a row died before their first image" in done.stderr
+    assert "(exit code 1: error: no such weights)" in done.stderr
