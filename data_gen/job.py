@@ -122,6 +122,10 @@ class GenerateConfig:
             raise ValueError(f"price_per_hour must be >= 0 and finite, got {self.price_per_hour}")
         self.generator.check()
         self.worker_config().check()
+        if self.engine == "ray":
+            self.ray.check()
+        if self.engine == "slurm":
+            self.slurm.check()
 
     def worker_config(self, **changes: Any) -> WorkConfig:
         """What each worker is told."""
@@ -207,7 +211,7 @@ def _run_workers(config: GenerateConfig, plan: Plan, workers: _Workers) -> None:
         if config.engine == "ray":
             from data_gen.engines import ray_cluster
 
-            ray_cluster.run(config.ray, workers.configs[0], say)
+            ray_cluster.run(config.ray, workers.configs[0], say, stop)
         elif workers.in_process:
             work(plan, workers.configs[0], stop)
         else:
@@ -220,7 +224,8 @@ def _submit_to_slurm(config: GenerateConfig, plan: Plan) -> int:
     from data_gen.engines import slurm
 
     job_id = slurm.submit(config.slurm, config.worker_config())
-    print(f"{plan.store.url}: Slurm job {job_id}; `stablerep status --dataset {plan.store.url}` follows it")
+    what = f"Slurm job {job_id}" if job_id else "the script for sbatch is written"
+    print(f"{plan.store.url}: {what}; `stablerep status --dataset {plan.store.url}` follows the job")
     return EXIT_UNFINISHED
 
 

@@ -390,9 +390,15 @@ def main(argument: str) -> int:
         traceback.print_exc()
         return EXIT_SHARD_FAILED
     except (OSError, ValueError) as error:
-        place = f": {error.filename or config.dataset}" if getattr(error, "strerror", None) else ""
-        say(f"error: {getattr(error, 'strerror', None) or error}{place}")
+        say(f"error: {_describe_error(error, config.dataset)}")
         return EXIT_ERROR
+
+
+def _describe_error(error: Exception, dataset: str) -> str:
+    """One line; errors of the system name their file, or the dataset where they do not know it."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename or dataset}"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 if __name__ == "__main__":

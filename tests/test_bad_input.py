@@ -60,7 +60,7 @@ def read_files(root: Path) -> dict[Path, bytes]:
 def fails(
     place: Path, capsys: pytest.CaptureFixture[str], verb: str, options: list[str], message: str
 ) -> None:
-    """The verb fails (1, or 75: unfinished) with one line with `message`, nothing is lost, --debug explains."""
+    """The verb fails (1, or 75) with one line with `message`, nothing is lost, --debug explains."""
     before = read_files(place)
     words = [word.format(place) if word != SMALL_VIT else word for word in [*WORDS[verb], *options]]
     capsys.readouterr()
