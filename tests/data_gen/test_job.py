@@ -418,3 +418,27 @@ def test_temporaries_of_killed_processes_are_removed_and_those_of_living_ones_st
         path.write_bytes(b"part")
     assert run(make_config()) == 0
     assert (living.exists(), dead.exists()) == (True, False)
+
+
+@pytest.mark.parametrize("name", ["paper", "balanced", "fast"])
+def test_each_preset_is_a_config_that_a_job_takes(
+    name: str, captions_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The hub cannot be reached from here, so the model is where it ends."""
+    options = ["--config", f"configs/generate_{name}.yaml", "--captions", str(captions_file)]
+    assert main(["generate", *options, "--output", str(tmp_path / "out")]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]  # diffusers has its own say before it
+    assert re.match(r"stablerep generate: error: hub model [\w./-]+ cannot be had", last)
+
+
+def test_a_preset_runs_on_another_model(
+    captions_file: Path, tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_gen.generator.DiffusionGenerator", NoiseGenerator)
+    output = str(tmp_path / "out")
+    options = ["--config", "configs/generate_fast.yaml", "--captions", str(captions_file), "--output", output]
+    assert main(["generate", *options, "--generator.model", str(tiny_pipeline)]) == 0
+    manifest = read_manifest(output)
+    assert manifest.settings["num_images_per_caption"] == 10
+    assert "Unvalidated preset" in manifest.note
+    assert "Unvalidated preset" in (tmp_path / "out" / "README.md").read_text()
