@@ -9,7 +9,7 @@ What becomes of a task, each of which was seen on a real cluster (tests/data_gen
     a worker dies        it is started again, at most `max_restarts` times
 
 The workers run in the batch step, without srun: a TERM that reaches srun kills its tasks before they can
-give anything back. The price is that a partition's GraceTime is not theirs, since its TERM goes to steps alone:
+give anything back. The price is that a partition's GraceTime is not theirs, as its TERM goes to steps alone:
 without `preempt_send_user_signal` in the cluster's settings they have KillWait, by default 30 seconds, to
 finish a batch. Whoever is slower loses what it made since its last spill, and no more.
 """
