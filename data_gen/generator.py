@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from data_gen.allocator import keep_freed_memory
 from data_gen.guidance import (
     PIPELINE_SCALE,
     GuidanceRange,
@@ -123,6 +124,8 @@ class DiffusionGenerator:
         self.num_images_per_batch = num_images_per_batch
         self.fingerprints: dict[str, dict[str, Any]] = {}
         self.device = _find_device(config.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.pipeline = load_pipeline(config, model).to(self.device)
         self._parameters = set(inspect.signature(self.pipeline.__call__).parameters)
         if "prompt" not in self._parameters:

@@ -343,14 +343,18 @@ def _reporting(
 
 @contextmanager
 def stopping_on(stop: threading.Event, signals: Sequence[signal.Signals]) -> Iterator[None]:
-    """Sets `stop` at the first of these signals, where they are not ignored; a second one acts as ever."""
+    """Sets `stop` at each of these signals that is not ignored; a second Ctrl-C interrupts as ever.
+
+    Clusters send several in a row: none but a person's is to cut off the batch that is being finished.
+    """
     before = {number: signal.getsignal(number) for number in signals}
 
     def handle(number: int, frame: FrameType | None) -> None:
-        say(f"{signal.Signals(number).name}: giving back the shard in the making")
+        if not stop.is_set():
+            say(f"{signal.Signals(number).name}: giving back the shard in the making")
         stop.set()
-        for other, action in before.items():
-            signal.signal(other, action)
+        if number == signal.SIGINT:
+            signal.signal(number, before[signal.SIGINT])
 
     installed = [number for number, action in before.items() if action is not signal.SIG_IGN]
     for number in installed:

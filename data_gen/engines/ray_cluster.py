@@ -267,6 +267,7 @@ def _connected(ray: Any, config: RayConfig) -> Iterator[bool]:
     settings: dict[str, Any] = {"address": address, "runtime_env": config.runtime_env or None}
     if address == "local":
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
+        os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: last in line on a shared machine
         settings |= {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
     on_term = signal.getsignal(signal.SIGTERM)
     try:
