@@ -53,7 +53,9 @@ def print_estimate(config: "GenerateConfig", draft: "Draft", model: ModelFiles, 
 
 def _first_captions(config: "GenerateConfig", draft: "Draft", store: Store) -> list[PlannedCaption]:
     """As many captions as the calibration needs, from the draft or from the dataset that is there."""
-    num_captions = -(-(_NUM_BATCHES + 1) * config.num_images_per_batch // config.num_images_per_caption)
+    num_captions = max(
+        3, -(-(_NUM_BATCHES + 1) * config.num_images_per_batch // config.num_images_per_caption)
+    )
     name = Path(draft.manifest.caption_files[0]["name"])
     opened = draft.caption_files[0].open("rb") if draft.caption_files else store.open(str(name))
     with opened as file:
@@ -69,7 +71,9 @@ def _calibrate(
     generator = DiffusionGenerator(config.generator, model, config.num_images_per_batch)
     indices = tuple(range(config.num_images_per_caption))
     requests = [ImageRequest(caption.key, caption.text, indices) for caption in captions]
-    while len(requests) * len(indices) < (_NUM_BATCHES + 1) * config.num_images_per_batch:
+    while (
+        len(requests) < 3 or len(requests) * len(indices) < (_NUM_BATCHES + 1) * config.num_images_per_batch
+    ):
         requests += requests
     times, sizes = [], []
     for made in generator.generate(requests, config.seed):

@@ -20,9 +20,11 @@ from data_gen.shards import (
     DatasetManifest,
     hash_settings,
     read_manifest,
+    without_names,
 )
 from data_gen.sources import Columns, SourceFile, digest_sources
 from data_gen.storage import Store
+from data_gen.work_folder import Worker, WorkFolder
 from data_gen.worker import say
 
 if TYPE_CHECKING:
@@ -41,6 +43,8 @@ _SETTINGS = (
     "image_format",
     "image_quality",
 )
+_LEASE_SECONDS = 300.0
+"""Of workers that do not say their own."""
 
 
 @dataclass(frozen=True)
@@ -126,9 +130,9 @@ def check_draft(store: Store, draft: Draft, extend: bool) -> None:
             raise ValueError(f"output {store.url} holds no dataset to extend")
         return
     old = read_manifest(store)
-    if old.settings_hash == draft.manifest.settings_hash or not _is_anything_made(store):
+    if old.settings_hash == draft.manifest.settings_hash or not _is_begun(store):
         return
-    before, now = _flatten(old.settings), _flatten(draft.manifest.settings)
+    before, now = _flatten(without_names(old.settings)), _flatten(without_names(draft.manifest.settings))
     names = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
     differences = [f"{name} is {before.get(name)!r} there and {now.get(name)!r} here" for name in names]
     message = f"{store.name_of(MANIFEST_NAME)} is of another plan: {'; '.join(differences)}"
@@ -155,13 +159,17 @@ def freeze_plan(store: Store, draft: Draft, extend: bool) -> Plan:
     check_draft(store, draft, extend)  # of another job that was first by a moment
     old = read_manifest(store)
     if old.settings_hash == draft.manifest.settings_hash:
+        if draft.manifest.note not in ("", old.note):
+            say(f"note {draft.manifest.note!r} is left out; the dataset's is {old.note!r}")
         return Plan(store, old)
-    if _is_anything_made(store):
+    if _is_begun(store):
         ancestors = (old.settings_hash, *old.extended_from)
-        manifest = dataclasses.replace(draft.manifest, extended_from=ancestors)
+        note = draft.manifest.note or old.note
+        manifest = dataclasses.replace(draft.manifest, extended_from=ancestors, note=note)
     else:
         say(f"{store.name_of(MANIFEST_NAME)} is replaced: nothing was made by its plan")
         manifest = draft.manifest
+        _work_folder(store).clear_all()
     write_manifest(store, manifest, replace=True)
     return Plan(store, manifest)
 
@@ -231,9 +239,14 @@ def _describe_file(path: Path) -> dict[str, Any]:
     return {"name": name, "num_bytes": num_bytes, "sha256": sha256}
 
 
-def _is_anything_made(store: Store) -> bool:
-    """Whether an image was made, or spilled, in this folder."""
-    return any(name.endswith(".tar") for name in [*store.list(), *store.list(".work", recursive=True)])
+def _is_begun(store: Store) -> bool:
+    """Whether an image was made, or spilled, in this folder, or a worker is about to."""
+    names = [*store.list(), *store.list(".work", recursive=True)]
+    return any(name.endswith(".tar") for name in names) or _work_folder(store).has_living_workers()
+
+
+def _work_folder(store: Store) -> WorkFolder:
+    return WorkFolder(store, Worker.of_this_process(), _LEASE_SECONDS)
 
 
 def _flatten(settings: Any, prefix: str = "") -> dict[str, Any]:

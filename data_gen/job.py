@@ -198,14 +198,17 @@ def _run_plan(config: GenerateConfig, plan: Plan, workers: _Workers) -> int:
             return _submit_to_slurm(config, plan)
         _compare_with_full_precision(config, plan)
         with showing(plan, work_folder):
-            _run_workers(config, plan, workers)
+            is_stopped = _run_workers(config, plan, workers)
+        if is_stopped:  # whoever asked for it may not wait
+            say("stopped; the same command goes on")
+            return EXIT_UNFINISHED
         plan.store.remove_stale_temporaries()
         work_folder.finish()
     return _finish(plan, work_folder, num_images_before, time.monotonic() - start)
 
 
-def _run_workers(config: GenerateConfig, plan: Plan, workers: _Workers) -> None:
-    """Runs the engine until nothing is left to do, or a signal asks it to stop."""
+def _run_workers(config: GenerateConfig, plan: Plan, workers: _Workers) -> bool:
+    """Runs the engine until nothing is left to do, or a signal asks it to stop; whether one did."""
     stop = threading.Event()
     with stopping_on(stop, (signal.SIGTERM, signal.SIGUSR1)):
         if config.engine == "ray":
@@ -218,6 +221,7 @@ def _run_workers(config: GenerateConfig, plan: Plan, workers: _Workers) -> None:
             from data_gen.engines.local import run_local
 
             run_local(workers.configs, stop, say)
+    return stop.is_set()
 
 
 def _submit_to_slurm(config: GenerateConfig, plan: Plan) -> int:
@@ -288,8 +292,10 @@ def _compare_with_full_precision(config: GenerateConfig, plan: Plan) -> None:
 
 def _finish(plan: Plan, work_folder: WorkFolder, num_images_before: int, seconds: float) -> int:
     """Writes the card, prints the counts, and says by the exit code how the dataset stands."""
-    shards = list_complete_shards(plan.store)
-    write_card(plan.store, plan.manifest, shards)
+    shards, set_aside = list_complete_shards(plan.store), work_folder.list_set_aside()
+    is_finished = len(shards) + len(set_aside) >= plan.manifest.num_shards
+    if is_finished:
+        write_card(plan.store, plan.manifest, shards)
     source, manifest = plan.manifest.captions_source, plan.manifest
     num_written, num_failed = sum(s.num_samples for s in shards), sum(s.num_failed for s in shards)
     num_images = sum(shard.num_images for shard in shards)
@@ -301,9 +307,8 @@ def _finish(plan: Plan, work_folder: WorkFolder, num_images_before: int, seconds
         f"rows dropped, {source['num_duplicates']} repeated ones {repeated}), {num_written} written, "
         f"{num_failed} failed; {num_images} images in {len(shards)} shards, {num_made} of them new{rate}"
     )
-    set_aside = work_folder.list_set_aside()
     for name, reason in sorted(set_aside.items()):
         say(f"shard {name} is set aside: {reason}; --retry_failed takes it up again")
-    if len(shards) + len(set_aside) < manifest.num_shards:
+    if not is_finished:
         return EXIT_UNFINISHED
     return EXIT_DONE if num_written == manifest.num_captions else EXIT_FAILED

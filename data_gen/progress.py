@@ -75,11 +75,10 @@ def read_status(plan: Plan, work_folder: WorkFolder, finished: set[str] | None =
     manifest = plan.manifest
     if finished is None:
         finished = list_finished(plan)
-    num_captions = sum(
-        manifest.num_captions_in_shard(index)
-        for index in range(manifest.num_shards)
-        if manifest.shard_name(index) in finished
-    )
+    last = manifest.num_shards - 1
+    num_captions = len(finished) * manifest.num_captions_per_shard
+    if manifest.shard_name(last) in finished:
+        num_captions += manifest.num_captions_in_shard(last) - manifest.num_captions_per_shard
     workers = work_folder.list_reports()
     in_the_making = sum(
         worker["num_images_in_shard"] for worker in workers if worker["shard"] not in {None, *finished}

@@ -5,18 +5,23 @@ what is sound of them; shards that lack only their side-car or marker get it; wh
 """
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from data_gen.plan import Plan
 from data_gen.progress import list_finished
 from data_gen.shard_job import adopt_shard
-from data_gen.shards import Shard, ShardError, check_sizes, read_shard, read_stats, verify_shard
+from data_gen.shards import (
+    Shard,
+    ShardError,
+    check_sizes,
+    map_shards,
+    read_shard,
+    read_stats,
+    verify_shard,
+)
 from data_gen.storage import Store
 from data_gen.work_folder import Worker, WorkFolder
 from data_gen.worker import EXIT_DONE, EXIT_UNFINISHED, say
-
-_NUM_READING_THREADS = 16
 
 
 @dataclass(frozen=True)
@@ -95,10 +100,8 @@ def requeue_shards(
 
     if retry_failed:
         for name in work_folder.list_set_aside():
-            work_folder.clear(name)
-    with ThreadPoolExecutor(1 if plan.store.is_local else _NUM_READING_THREADS) as executor:
-        shards = executor.map(look, range(plan.manifest.num_shards))
-        return [shard for shard in shards if shard is not None]
+            work_folder.forgive(name)
+    return [shard for shard in map_shards(look, plan.store, plan.manifest) if shard is not None]
 
 
 def _adopt_shards(plan: Plan, work_folder: WorkFolder) -> Iterator[Shard]:

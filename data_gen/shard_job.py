@@ -85,6 +85,7 @@ def run_shard(
     progress: Progress,
     stop: threading.Event,
     spill_seconds: float,
+    before_writing: Callable[[], None],
     say: Callable[[str], None],
 ) -> Shard:
     """Makes one shard and publishes it, unless another worker was first.
@@ -97,6 +98,7 @@ def run_shard(
         progress: Is kept up to date.
         stop: Once it is set, the shard is given back.
         spill_seconds: Time between two spills.
+        before_writing: Is called before samples are spilled or published.
         say: Takes a line for the user.
 
     Returns:
@@ -110,13 +112,16 @@ def run_shard(
     captions = plan.captions(shard_index)
     for _ in range(_NUM_TRIES):
         if (shard := read_shard(plan.store, plan.manifest, shard_index)) is not None:
+            work_folder.clear(name)
             return shard
         made = collect_images(plan, shard_index, work_folder)
         if made.problem is not None:
             say(f"{made.problem}; its sound samples are kept, the others made again")
-        job = _ShardJob(plan, shard_index, captions, made, get_generator, progress, stop, say)
+        job = _ShardJob(plan, shard_index, captions, made, get_generator, progress, stop, before_writing, say)
         try:
-            shard = job.run(_Spill(work_folder, name, plan.manifest.settings_hash, spill_seconds))
+            shard = job.run(
+                _Spill(work_folder, name, plan.manifest.settings_hash, spill_seconds, before_writing)
+            )
         except ShardTakenError:
             continue
         work_folder.clear(name)
@@ -136,11 +141,14 @@ def adopt_shard(plan: Plan, shard_index: int, work_folder: WorkFolder) -> Shard 
     def no_generator() -> "DiffusionGenerator":
         raise AssertionError("every image is there")
 
+    def nothing(*_: str) -> None:
+        """Nothing is spilled, nothing is said."""
+
     job = _ShardJob(
-        plan, shard_index, captions, made, no_generator, Progress(), threading.Event(), lambda _: None
+        plan, shard_index, captions, made, no_generator, Progress(), threading.Event(), nothing, nothing
     )
     name = plan.manifest.shard_name(shard_index)
-    shard = job.run(_Spill(work_folder, name, plan.manifest.settings_hash, float("inf")))
+    shard = job.run(_Spill(work_folder, name, plan.manifest.settings_hash, float("inf"), nothing))
     work_folder.clear(name)
     return shard
 
@@ -156,6 +164,7 @@ class _ShardJob:
     get_generator: "Callable[[], DiffusionGenerator]"
     progress: Progress
     stop: threading.Event
+    before_writing: Callable[[], None]
     say: Callable[[str], None]
 
     def run(self, spill: "_Spill") -> Shard:
@@ -179,6 +188,7 @@ class _ShardJob:
                 if sample.key in missing:
                     spill.add(sample)
             num_images_made = self.progress.num_images_made - num_made_before
+            self.before_writing()
             shard = writer.publish(
                 num_planned=len(self.captions),
                 seconds=time.perf_counter() - start,
@@ -288,9 +298,16 @@ class _ShardJob:
 class _Spill:
     """Finished samples on their way to the work folder: every so often, and when the work is cut off."""
 
-    def __init__(self, work_folder: WorkFolder, shard: str, settings_hash: str, seconds: float) -> None:
+    def __init__(
+        self,
+        work_folder: WorkFolder,
+        shard: str,
+        settings_hash: str,
+        seconds: float,
+        before_writing: Callable[[], None],
+    ) -> None:
         self._work_folder, self._shard, self._settings_hash = work_folder, shard, settings_hash
-        self._seconds = seconds
+        self._seconds, self._before_writing = seconds, before_writing
         self._samples: list[Sample] = []
         self._last = time.monotonic()
 
@@ -303,7 +320,7 @@ class _Spill:
         """Whatever cuts the work off, what is finished stays; the first error is the one to be seen."""
         try:
             self._flush()
-        except OSError:
+        except (OSError, ShardError):
             if error is None:
                 raise
 
@@ -324,6 +341,7 @@ class _Spill:
             for sample in self._samples:
                 tar.add_sample(sample, to_record(sample, self._settings_hash))
             tar.finish()
+            self._before_writing()
             self._work_folder.write_part(self._shard, buffer.getvalue())
             self._samples.clear()
         self._last = time.monotonic()

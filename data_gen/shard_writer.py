@@ -26,6 +26,7 @@ from data_gen.shards import (
     Sample,
     Shard,
     ShardError,
+    digest_record,
     open_store,
     read_shard,
     to_json,
@@ -182,11 +183,19 @@ class ShardWriter:
         }
         self._publish_tar(tar_sha256, replaces)
         self._publish_parquet(parquet)
-        self._store.publish(f"{self._name}_stats.json", (to_json(stats) + "\n").encode())
+        is_first = self._store.publish(f"{self._name}_stats.json", (to_json(stats) + "\n").encode())
         shard = read_shard(self._store, self._manifest, self._index)
         if shard is None:
-            raise ShardError(f"{self._where}: its completion marker vanished")
+            raise ShardTakenError(f"{self._where}: its completion marker vanished")
+        if not is_first and shard.sha256 != tar_sha256:
+            self._settle(shard)
         return shard
+
+    def _settle(self, shard: Shard) -> None:
+        """Two writers have replaced one tar; a marker that is not that of the tar which stayed must go."""
+        if self._store.digest(shard.tar_name)[1] != shard.sha256:
+            self._store.delete(shard.marker_name)
+            raise ShardTakenError(f"{self._where}: two writers have replaced it")
 
     def _publish_tar(self, sha256: str, replaces: str | None) -> None:
         name = f"{self._name}.tar"
@@ -252,8 +261,8 @@ class TarWriter:
 
 
 def to_record(sample: Sample, settings_hash: str) -> dict[str, Any]:
-    """The sample's JSON: everything but the pixels."""
-    return {
+    """The sample's JSON: everything but the pixels, and its own sha256."""
+    record = {
         "key": sample.key,
         "caption_id": sample.caption_id,
         "caption": sample.caption,
@@ -268,6 +277,7 @@ def to_record(sample: Sample, settings_hash: str) -> dict[str, Any]:
         "width": sample.width,
         "height": sample.height,
     }
+    return {**record, "record_sha256": digest_record(record)}
 
 
 def to_parquet(rows: list[dict[str, Any]], extra_columns: Mapping[str, str]) -> bytes:

@@ -17,11 +17,11 @@ import hashlib
 import json
 import re
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from data_gen.captions import caption_id
 from data_gen.storage import Store
@@ -34,6 +34,10 @@ MAX_IMAGE_MEMBER_BYTES = 64 << 20
 MAX_IMAGE_PIXELS = 64 << 20
 
 _NUM_READING_THREADS = 16
+_NUM_SHARDS_AT_ONCE = 1000
+_NAMES = ("model", "tiny_vae")
+"""Of the generator's settings: what people call it. Its identity stands beside them."""
+_Value = TypeVar("_Value")
 _MEMBER_NAME = re.compile(r"([0-9A-Za-z_-]+)\.(json|txt|(\d+)\.(jpg|png|webp))")
 
 
@@ -182,8 +186,14 @@ class Shard:
 
 
 def hash_settings(settings: Mapping[str, Any]) -> str:
-    """sha256 of the settings as canonical JSON, 64 hex digits."""
-    return hashlib.sha256(to_json(settings).encode()).hexdigest()
+    """sha256 of the settings as canonical JSON, 64 hex digits; what the model is called does not count."""
+    return hashlib.sha256(to_json(without_names(settings)).encode()).hexdigest()
+
+
+def without_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that make the images what they are."""
+    generator = {name: value for name, value in settings["generator"].items() if name not in _NAMES}
+    return {**settings, "generator": generator}
 
 
 def to_json(value: Any) -> str:
@@ -287,9 +297,22 @@ def list_complete_shards(root: str | Path | Store) -> list[Shard]:
     """
     store = open_store(root)
     manifest = read_manifest(store)
-    with ThreadPoolExecutor(1 if store.is_local else _NUM_READING_THREADS) as executor:
-        shards = executor.map(lambda index: read_shard(store, manifest, index), range(manifest.num_shards))
-        return [shard for shard in shards if shard is not None]
+    shards = map_shards(lambda index: read_shard(store, manifest, index), store, manifest)
+    return [shard for shard in shards if shard is not None]
+
+
+def map_shards(
+    function: Callable[[int], _Value], store: Store, manifest: DatasetManifest
+) -> Iterator[_Value]:
+    """Calls a function with the index of each planned shard, in order; many at a time in an object store."""
+    if store.is_local:
+        yield from map(function, range(manifest.num_shards))
+        return
+    with ThreadPoolExecutor(_NUM_READING_THREADS) as executor:
+        for start in range(0, manifest.num_shards, _NUM_SHARDS_AT_ONCE):
+            yield from executor.map(
+                function, range(start, min(start + _NUM_SHARDS_AT_ONCE, manifest.num_shards))
+            )
 
 
 def check_sizes(shard: Shard) -> None:
@@ -402,6 +425,8 @@ def _check_member(member: tarfile.TarInfo, where: str) -> None:
 def _parse_sample(where: str, key: str, members: dict[str, bytes], num_images: int | None) -> Sample:
     try:
         record = json.loads(members["json"])
+        if record.pop("record_sha256") != digest_record(record):
+            raise ValueError("its JSON differs from its sha256")
         caption, extension = members["txt"].decode(), record["image_extension"]
         if num_images is None:
             num_images = len(record["image_seeds"])
@@ -430,6 +455,11 @@ def _parse_sample(where: str, key: str, members: dict[str, bytes], num_images: i
     if [hashlib.sha256(image).hexdigest() for image in sample.images] != image_sha256:
         raise ShardError(f"{where}: an image differs from its sha256")
     return sample
+
+
+def digest_record(record: Mapping[str, Any]) -> str:
+    """sha256 of a sample's JSON without its own digest, 64 hex digits."""
+    return hashlib.sha256(to_json(record).encode()).hexdigest()
 
 
 def _check_size(shard: Shard, name: str, num_bytes: int) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from data_gen.plan import Plan
 from data_gen.progress import describe, list_finished, read_status
-from data_gen.shards import read_stats
+from data_gen.shards import map_shards, read_stats
 from data_gen.storage import Store
 from data_gen.work_folder import Worker, WorkFolder
 from data_gen.worker import EXIT_DONE, EXIT_UNFINISHED
@@ -54,7 +54,8 @@ def build_status(plan: Plan, lease_seconds: float) -> dict[str, Any]:
     work_folder = WorkFolder(plan.store, Worker.of_this_process(), lease_seconds)
     finished = list_finished(plan)
     status = read_status(plan, work_folder, finished)
-    markers = [stats for name in sorted(finished) if (stats := read_stats(plan.store, name)) is not None]
+    found = map_shards(lambda index: _read_finished(plan, index, finished), plan.store, plan.manifest)
+    markers = [stats for stats in found if stats is not None]
     failures: Counter[str] = Counter()
     for marker in markers:
         failures.update(marker["failures_by_reason"])
@@ -77,6 +78,11 @@ def build_status(plan: Plan, lease_seconds: float) -> dict[str, Any]:
         "workers": status.workers,
         "summary": describe(status),
     }
+
+
+def _read_finished(plan: Plan, index: int, finished: set[str]) -> dict[str, Any] | None:
+    name = plan.manifest.shard_name(index)
+    return read_stats(plan.store, name) if name in finished else None
 
 
 def _to_text(status: dict[str, Any]) -> str:

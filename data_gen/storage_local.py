@@ -14,9 +14,12 @@ import shutil
 import socket
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, TypeVar
+
+_NUM_TRIES = 3
+_Value = TypeVar("_Value")
 
 TEMPORARY_NAME = re.compile(r"\..+\.\d+\.tmp")
 
@@ -99,6 +102,9 @@ class LocalFiles:
             temporary.unlink(missing_ok=True)
 
     def publish(self, name: str, content: bytes | Path) -> bool:
+        return _despite_removals(lambda: self._publish(name, content))
+
+    def _publish(self, name: str, content: bytes | Path) -> bool:
         path = self.root / name
         if os.path.lexists(path):
             return False
@@ -111,15 +117,18 @@ class LocalFiles:
             is_published = self._link(temporary, path)
             temporary.unlink(missing_ok=True)
         if is_published:
-            _flush(path.parent)
+            _flush_folder(path.parent)
         return is_published
 
     def replace(self, name: str, content: bytes | Path) -> None:
+        _despite_removals(lambda: self._replace(name, content))
+
+    def _replace(self, name: str, content: bytes | Path) -> None:
         path = self.root / name
         with self._naming(name), self.temporary(name) as temporary:
             _write_flushed(temporary, content)
             os.replace(temporary, path)
-            _flush(path.parent)
+        _flush_folder(path.parent)
 
     def move(self, name: str, new_name: str) -> None:
         path, new_path = self.root / name, self.root / new_name
@@ -136,7 +145,7 @@ class LocalFiles:
             if not missing_ok:
                 raise
         else:
-            _flush(path.parent)
+            _flush_folder(path.parent)
 
     def probe(self, name: str) -> tuple[bool, bool]:
         _make_folder(self.root)
@@ -184,6 +193,14 @@ class LocalFiles:
             raise
 
 
+def _despite_removals(call: Callable[[], _Value]) -> _Value:
+    """Calls again where another process removed an empty folder before the first file was in it."""
+    for _ in range(_NUM_TRIES):
+        with contextlib.suppress(FileNotFoundError):
+            return call()
+    return call()
+
+
 def temporary_name(name: str) -> str:
     """`.{name}.{random}.{host}.{pid}.tmp`: unseen by readers, written by no other process, thread or call."""
     return f".{name}.{secrets.token_hex(4)}.{socket.gethostname()}.{os.getpid()}.tmp"
@@ -218,6 +235,12 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Waits until a folder's list of files is on the disk; it may have gone with its last file."""
+    with contextlib.suppress(FileNotFoundError):
+        _flush(folder)
 
 
 def _write_flushed(path: Path, content: bytes | Path) -> None:

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import traceback
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ SUPERVISOR_VARIABLE = "STABLEREP_SUPERVISOR_PID"
 """Environment variable with the process that a worker is to end with."""
 
 _SECONDS_BETWEEN_LISTINGS = 60.0
+_LISTING_SHARE = 0.05
+"""Share of the time that listing the dataset may take."""
 _SECONDS_BETWEEN_LOOKS = 2.0
 _SECONDS_BETWEEN_REPORTS = {True: 1.0, False: 10.0}
 """On a local disk, in an object store."""
@@ -98,18 +101,23 @@ def run(config: WorkConfig) -> int:
     """
     config.check()
     plan = Plan.read(Store(config.dataset))
+    plan.store.remove_stale_temporaries()
     stop = threading.Event()
-    _stop_with_supervisor(stop)
+    is_supervised = _stop_with_supervisor(stop)
     with stopping_on(stop, (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)):
-        return work(plan, config, stop)
+        return work(plan, config, stop, is_supervised)
 
 
 class ShardFailedError(RuntimeError):
     """An error in the midst of a shard, which is noted as the death of a worker there."""
 
 
-def work(plan: Plan, config: WorkConfig, stop: threading.Event) -> int:
-    """Makes shards of the plan until none is left or `stop` is set; see `run`."""
+def work(plan: Plan, config: WorkConfig, stop: threading.Event, is_supervised: bool = False) -> int:
+    """Makes shards of the plan until none is left or `stop` is set; see `run`.
+
+    An error within a shard ends a supervised worker, for another process to take its place; one without a
+    supervisor loads its model anew.
+    """
     work_folder = WorkFolder(plan.store, Worker.of_this_process(), config.lease_seconds)
     maker = _ShardMaker(plan, config, work_folder, stop)
     queue = _Queue(plan, work_folder)
@@ -119,7 +127,12 @@ def work(plan: Plan, config: WorkConfig, stop: threading.Event) -> int:
                 maker.load_model()
             shard_index = queue.next()
             if shard_index is not None:
-                maker.make(shard_index)
+                try:
+                    maker.make(shard_index)
+                except ShardFailedError as error:
+                    if is_supervised:
+                        raise
+                    say(str(error))
             elif queue.has_pending:
                 stop.wait(_SECONDS_BETWEEN_LOOKS)
             else:
@@ -151,7 +164,6 @@ class _ShardMaker:
         name = self._plan.manifest.shard_name(shard_index)
         self.progress.begin(name)
         try:
-            _check_plan_stands(self._plan)
             run_shard(
                 self._plan,
                 shard_index,
@@ -160,6 +172,7 @@ class _ShardMaker:
                 progress=self.progress,
                 stop=self._stop,
                 spill_seconds=self._config.spill_seconds,
+                before_writing=self._prepare_writing,
                 say=say,
             )
             self.progress.num_shards_made += 1
@@ -168,13 +181,14 @@ class _ShardMaker:
         except (OSError, ShardError):  # the dataset's fault or the disk's, not this shard's
             raise
         except Exception as error:
+            self._generator = None  # whatever broke may be in it
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            self._work_folder.record_death(name, reason, self._work_folder.worker.name)
+            worker = self._work_folder.worker
+            self._work_folder.record_death(name, reason, f"{worker.name}/{uuid.uuid4().hex}", worker.place)
             raise ShardFailedError(f"shard {name}: {reason}") from error
         finally:
             self.progress.end()
             with contextlib.suppress(OSError):
-                self._publish_fingerprints()
                 self._work_folder.release(name)
 
     def load_model(self) -> "DiffusionGenerator":
@@ -184,9 +198,10 @@ class _ShardMaker:
             _compare_fingerprints(self._plan, self._generator.fingerprint())
         return self._generator
 
-    def _publish_fingerprints(self) -> None:
-        """Spells out, in the dataset, the ids that images carry."""
-        for identity, fingerprint in self.load_model().fingerprints.items():
+    def _prepare_writing(self) -> None:
+        """Makes sure that the plan stands, and that the fingerprints which images carry are spelt out."""
+        _check_plan_stands(self._plan)
+        for identity, fingerprint in (self._generator.fingerprints if self._generator else {}).items():
             if identity not in self._known_fingerprints:
                 content = (to_json(fingerprint) + "\n").encode()
                 self._plan.store.publish(f"fingerprints/{identity}.json", content)
@@ -214,7 +229,7 @@ class _Queue:
 
     def next(self) -> int | None:
         """Claims a shard; None where none is free."""
-        if time.monotonic() - self._listed_at > _SECONDS_BETWEEN_LISTINGS:
+        if time.monotonic() > self._list_again_at:
             self._list()
         for index in self._order():
             name = self._plan.manifest.shard_name(index)
@@ -236,12 +251,14 @@ class _Queue:
         return [*head, *tail, *(index for index in self._pending if names[index] in self._claimed)]
 
     def _list(self) -> None:
+        start = time.monotonic()
         finished = {name for name in self._plan.store.list() if name.endswith("_stats.json")}
         self._pending = [
             index for index, name in enumerate(self._plan.shard_names) if f"{name}_stats.json" not in finished
         ]
-        self._claimed = set(self._work_folder.list_claims())
-        self._listed_at = time.monotonic()
+        self._claimed = self._work_folder.list_claims()
+        seconds = time.monotonic() - start
+        self._list_again_at = time.monotonic() + max(_SECONDS_BETWEEN_LISTINGS, seconds / _LISTING_SHARE)
 
 
 def load_generator(plan: Plan, config: WorkConfig) -> "DiffusionGenerator":
@@ -302,12 +319,11 @@ def _check_plan_stands(plan: Plan) -> None:
 
 def _describe(plan: Plan, work_folder: WorkFolder) -> None:
     """Writes the card of a dataset that has none: the last worker does."""
-    if plan.store.exists("README.md") or not work_folder.claim("card"):
-        return
-    try:
-        write_card(plan.store, plan.manifest, list_complete_shards(plan.store))
-    finally:
-        work_folder.release("card")
+    if not plan.store.exists("README.md") and work_folder.claim("card"):
+        try:
+            write_card(plan.store, plan.manifest, list_complete_shards(plan.store))
+        finally:
+            work_folder.release("card")
 
 
 @contextmanager
@@ -316,29 +332,37 @@ def _reporting(
 ) -> Iterator[None]:
     """Says in the background what this worker does, and prolongs its claim."""
     seconds = min(_SECONDS_BETWEEN_REPORTS[is_local], config.lease_seconds / 4)
-    start = time.time()
-    done = threading.Event()
+    start, done = time.time(), threading.Event()
 
     def report() -> None:
         with contextlib.suppress(OSError):  # a full disk is told of by what needs it
-            work_folder.renew()
             work_folder.report({"device": config.device, "started": start, **progress.to_dict()})
 
     def repeat() -> None:
-        report()
-        while not done.wait(seconds):
+        renew_at = 0.0
+        while True:
             report()
+            if time.monotonic() >= renew_at:
+                with contextlib.suppress(OSError):
+                    work_folder.renew()
+                renew_at = time.monotonic() + config.lease_seconds / 4
+            if done.wait(seconds):
+                return
 
     thread = threading.Thread(target=repeat, name="report", daemon=True)
     thread.start()
     try:
         yield
-    finally:
+    except BaseException:
         done.set()
         thread.join()
-        with contextlib.suppress(OSError):
-            work_folder.withdraw_report()
-            work_folder.finish()
+        report()  # the last word, for whoever starts another in its place
+        raise
+    done.set()
+    thread.join()
+    with contextlib.suppress(OSError):
+        work_folder.withdraw_report()
+        work_folder.finish()
 
 
 @contextmanager
@@ -349,10 +373,14 @@ def stopping_on(stop: threading.Event, signals: Sequence[signal.Signals]) -> Ite
     """
     before = {number: signal.getsignal(number) for number in signals}
 
-    def handle(number: int, frame: FrameType | None) -> None:
+    def give_back(name: str) -> None:
         if not stop.is_set():
-            say(f"{signal.Signals(number).name}: giving back the shard in the making")
-        stop.set()
+            stop.set()
+            say(f"{name}: giving back the shard in the making")
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        # An event's lock may be held by the very call that the signal interrupts, so another thread sets it.
+        threading.Thread(target=give_back, args=(signal.Signals(number).name,), daemon=True).start()
         if number == signal.SIGINT:
             signal.signal(number, before[signal.SIGINT])
 
@@ -366,8 +394,8 @@ def stopping_on(stop: threading.Event, signals: Sequence[signal.Signals]) -> Ite
             signal.signal(number, before[number])
 
 
-def _stop_with_supervisor(stop: threading.Event) -> None:
-    """Sets `stop` when the process that started this worker, and said so, is no more."""
+def _stop_with_supervisor(stop: threading.Event) -> bool:
+    """Sets `stop` when the process that started this worker is no more; whether one said that it did."""
     supervisor = os.environ.pop(SUPERVISOR_VARIABLE, None)
 
     def watch() -> None:
@@ -377,6 +405,7 @@ def _stop_with_supervisor(stop: threading.Event) -> None:
 
     if supervisor is not None:
         threading.Thread(target=watch, name="supervisor", daemon=True).start()
+    return supervisor is not None
 
 
 def say(message: str) -> None:

@@ -1,44 +1,59 @@
 """Workers as processes of this machine: one an accelerator, or some on its CPU; a dead one is replaced."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from data_gen.storage import Store
-from data_gen.work_folder import Worker, WorkFolder
+from data_gen.work_folder import PLACE_VARIABLE, Worker, WorkFolder
 from data_gen.worker import (
     EXIT_DONE,
     EXIT_SET_ASIDE,
-    EXIT_SHARD_FAILED,
     EXIT_UNFINISHED,
     SUPERVISOR_VARIABLE,
     WorkConfig,
 )
 
-MAX_FRUITLESS_STARTS = 5
-"""Workers that may die in a row without having made anything, before the job is given up."""
+MAX_FRUITLESS_STARTS = 6
+"""Workers in a row that may end without an image, before their place is given up."""
 
 _SECONDS_BETWEEN_LOOKS = 0.2
+_MAX_SECONDS_BEFORE_START = 60.0
 _NUM_LINES_KEPT = 20
 
 
 @dataclass
 class _Slot:
-    """A place for one worker after another."""
+    """A place for one worker after another.
+
+    Args:
+        work: What each is told.
+        index: Which place.
+        process: The present worker.
+        lines: What it said last.
+        num_fruitless: Workers in a row that died without an image.
+        start_at: When the next one starts, where the last one died.
+        code: The exit code of the last one, once no other follows.
+    """
 
     work: WorkConfig
-    environment: dict[str, str]
+    index: int
     process: "subprocess.Popen[str]"
-    lines: deque[str] = field(default_factory=lambda: deque(maxlen=_NUM_LINES_KEPT))
-    started: float = 0.0
+    reader: threading.Thread
+    lines: deque[str]
+    num_fruitless: int = 0
+    start_at: float | None = None
+    code: int | None = None
 
 
 def run_local(
@@ -49,7 +64,8 @@ def run_local(
 ) -> list[int]:
     """Runs one worker process for each config until none has anything left to do.
 
-    A worker that dies is buried (its shard is free at once, its death noted) and replaced.
+    A worker that dies is buried (its shard is free at once, its death noted) and replaced, at once the first
+    time and after a pause that doubles while its successors make no image; at last its place is given up.
 
     Args:
         works: What each worker is told.
@@ -61,63 +77,84 @@ def run_local(
         The last exit code of each worker.
 
     Raises:
-        OSError: Workers die again and again without making anything.
+        OSError: Every place was given up.
     """
-    slots = [_start(work, index, len(works), say) for index, work in enumerate(works)]
+    prefixes = [f"worker {index}: " if len(works) > 1 else "" for index in range(len(works))]
+    slots = [
+        _Slot(work, index, *_start(work, index, prefixes[index], say)) for index, work in enumerate(works)
+    ]
     work_folder = WorkFolder(Store(works[0].dataset), Worker.of_this_process(), works[0].lease_seconds)
-    num_fruitless = 0
-    codes: dict[int, int] = {}
     try:
-        while len(codes) < len(slots) and not stop.is_set():
+        while any(slot.code is None for slot in slots) and not stop.is_set():
             stop.wait(_SECONDS_BETWEEN_LOOKS)
-            for index, slot in enumerate(slots):
-                code = slot.process.poll()
-                if code is None or index in codes:
+            for slot in slots:
+                if slot.code is not None:
                     continue
-                if code in (EXIT_DONE, EXIT_SET_ASIDE, EXIT_UNFINISHED):
-                    codes[index] = code
-                    continue
-                reason = _describe(code, slot.lines)
-                shards = work_folder.bury(slot.process.pid, reason)
-                where = f" in shard {shards[0]}" if shards else ""
-                say(f"worker {index} died{where} ({reason}); starting it anew")
-                is_fruitful = shards or code == EXIT_SHARD_FAILED or _is_anything_made(work_folder)
-                num_fruitless = 0 if is_fruitful else num_fruitless + 1
-                if num_fruitless >= MAX_FRUITLESS_STARTS:
-                    raise OSError(
-                        f"{num_fruitless} workers in a row died before their first image ({reason})"
+                if slot.start_at is None and slot.process.poll() is not None:
+                    _look_after(slot, work_folder, say)
+                elif slot.start_at is not None and time.monotonic() >= slot.start_at:
+                    slot.process, slot.reader, slot.lines = _start(
+                        slot.work, slot.index, prefixes[slot.index], say
                     )
-                slots[index] = _start(slot.work, index, len(works), say)
+                    slot.start_at = None
     finally:
         _end(slots, grace_seconds)
-    return [codes.get(index, EXIT_UNFINISHED) for index in range(len(slots))]
+    if all(slot.num_fruitless >= MAX_FRUITLESS_STARTS for slot in slots):
+        reason = _describe(slots[0].process.returncode, slots[0].lines)
+        raise OSError(f"{MAX_FRUITLESS_STARTS} workers in a row ended without an image ({reason})")
+    return [EXIT_UNFINISHED if slot.code is None else slot.code for slot in slots]
 
 
-def _start(work: WorkConfig, index: int, num_workers: int, say: Callable[[str], None]) -> _Slot:
-    environment = {**os.environ, SUPERVISOR_VARIABLE: str(os.getpid())}
+def _look_after(slot: _Slot, work_folder: WorkFolder, say: Callable[[str], None]) -> None:
+    """Takes the exit code of a worker that has ended; where it died, buries it and has another one follow."""
+    slot.reader.join(timeout=5.0)
+    code = slot.process.returncode
+    if code in (EXIT_DONE, EXIT_SET_ASIDE, EXIT_UNFINISHED):
+        slot.code = code
+        return
+    reason = _describe(code, slot.lines)
+    shards, num_images_made = list[str](), 0
+    with contextlib.suppress(OSError):  # the store may be what it died of
+        shards, num_images_made = work_folder.bury(slot.process.pid, reason)
+    slot.num_fruitless = 0 if num_images_made else slot.num_fruitless + 1
+    where = f" in shard {shards[0]}" if shards else ""
+    if slot.num_fruitless >= MAX_FRUITLESS_STARTS:
+        slot.code = code
+        say(f"worker {slot.index} died{where} ({reason}); its place is given up")
+        return
+    pause = min(2.0 ** (slot.num_fruitless - 1), _MAX_SECONDS_BEFORE_START) if slot.num_fruitless > 1 else 0.0
+    slot.start_at = time.monotonic() + pause
+    say(
+        f"worker {slot.index} died{where} ({reason}); starting it anew{f' in {pause:.0f} s' if pause else ''}"
+    )
+
+
+def _start(
+    work: WorkConfig, index: int, prefix: str, say: Callable[[str], None]
+) -> tuple["subprocess.Popen[str]", threading.Thread, deque[str]]:
+    """A worker process, the thread that passes on what it says, and its last lines."""
+    place = f"{socket.gethostname()}/{os.getpid()}/{index}"
     process = subprocess.Popen(
         [sys.executable, "-m", "data_gen.worker", json.dumps(dataclasses.asdict(work))],
-        env=environment,
+        env={**os.environ, SUPERVISOR_VARIABLE: str(os.getpid()), PLACE_VARIABLE: place},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
         start_new_session=True,  # Ctrl-C reaches this process alone, which then tells its workers
     )
-    slot = _Slot(work, environment, process, started=time.monotonic())
-    prefix = f"worker {index}: " if num_workers > 1 else ""
-    threading.Thread(target=_forward, args=(slot, prefix, say), daemon=True).start()
-    return slot
+    lines: deque[str] = deque(maxlen=_NUM_LINES_KEPT)
 
+    def forward() -> None:
+        assert process.stdout is not None  # a pipe was asked for
+        for line in process.stdout:
+            if text := line.rstrip().removeprefix("stablerep generate: "):
+                lines.append(text)
+                say(prefix + text)
 
-def _forward(slot: _Slot, prefix: str, say: Callable[[str], None]) -> None:
-    """Passes on what a worker says, and keeps its last lines for the reason of its death."""
-    assert slot.process.stdout is not None  # a pipe was asked for
-    for line in slot.process.stdout:
-        text = line.rstrip().removeprefix("stablerep generate: ")
-        if text:
-            slot.lines.append(text)
-            say(prefix + text)
+    reader = threading.Thread(target=forward, daemon=True)
+    reader.start()
+    return process, reader, lines
 
 
 def _end(slots: Sequence[_Slot], grace_seconds: float) -> None:
@@ -132,10 +169,6 @@ def _end(slots: Sequence[_Slot], grace_seconds: float) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-def _is_anything_made(work_folder: WorkFolder) -> bool:
-    return any(report["num_images_made"] for report in work_folder.list_reports())
 
 
 def _describe(code: int, lines: Sequence[str]) -> str:

@@ -5,6 +5,7 @@ Python runs `sitecustomize.py` from its path before anything else; it puts the s
     LIGHT_SECONDS   pause before each caption
     LIGHT_POISON    a worker that comes to this caption is killed
     LIGHT_BROKEN    a worker that comes to this caption raises
+    LIGHT_BROKEN_PLACE  workers of the place with this number raise at every caption
     LIGHT_LOG       a file that gets a line for each caption generated
     LIGHT_UNLOADED  the model cannot be loaded; the value says why
 """
@@ -41,6 +42,9 @@ class _Finder:
                         os.kill(os.getpid(), signal.SIGKILL)
                     if request.text == os.environ.get("LIGHT_BROKEN"):
                         raise RuntimeError(f"cannot draw {request.text}")
+                    place = os.environ.get("STABLEREP_WORKER_PLACE", "").rpartition("/")[2]
+                    if place and place == os.environ.get("LIGHT_BROKEN_PLACE"):
+                        raise RuntimeError("this accelerator fell off the bus")
                     if "LIGHT_LOG" in os.environ:
                         with open(os.environ["LIGHT_LOG"], "a") as file:
                             file.write(request.text + chr(10))

@@ -191,5 +191,37 @@ def test_workers_that_cannot_start_end_the_job_with_their_reason(
     environment = light_environment(tmp_path / "light", LIGHT_UNLOADED="no such weights")
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 1
-    assert "5 workers in a row died before their first image" in done.stderr
-    assert "(exit code 1: error: no such weights)" in done.stderr
+    assert "6 workers in a row ended without an image (exit code 1: error: no such weights)" in done.stderr
+
+
+def test_a_broken_place_is_given_up_and_sets_no_shard_aside(
+    tmp_path: Path, many_captions: Path, tiny_pipeline: Path, undisturbed: dict[str, bytes]
+) -> None:
+    command = generate_command(many_captions, tmp_path / "dataset", tiny_pipeline, "--num_workers", "2")
+    environment = light_environment(tmp_path / "light", LIGHT_BROKEN_PLACE="0", LIGHT_SECONDS="0.5")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "worker 0 died (exit code 70" in done.stderr
+    assert "set aside" not in done.stderr
+    assert data_files(tmp_path / "dataset") == undisturbed
+
+
+def test_workers_end_with_the_job_that_started_them(
+    tmp_path: Path, many_captions: Path, tiny_pipeline: Path, undisturbed: dict[str, bytes]
+) -> None:
+    command = generate_command(many_captions, tmp_path / "dataset", tiny_pipeline, "--num_workers", "2")
+    log = tmp_path / "log"
+    environment = light_environment(tmp_path / "light", LIGHT_SECONDS="0.2", LIGHT_LOG=str(log))
+    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as job:
+        while not log.exists():
+            time.sleep(0.05)
+            assert job.poll() is None
+        workers = children_of(job.pid)
+        job.kill()
+    assert len(workers) == 2
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    subprocess.run(command, env=light_environment(tmp_path / "light"), check=True, capture_output=True)
+    assert data_files(tmp_path / "dataset") == undisturbed

@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def test_an_extension_that_was_interrupted_goes_on_and_can_be_extended_again(
 ) -> None:
     before = images_of(dataset_copy)
     with monkeypatch.context() as context:
-        context.setattr("data_gen.job._run_workers", lambda *_: None)  # stopped before the first image
+        context.setattr("data_gen.job._run_workers", lambda *_: True)  # stopped before the first image
         assert run(make_config(num_images_per_caption=4, extend=True)) == 75
     assert run(make_config(num_images_per_caption=5, extend=True)) == 0
     assert sorted(drawn) == sorted((caption, index) for caption in CAPTIONS for index in (3, 4))
@@ -206,6 +207,59 @@ def test_of_a_damaged_tar_only_the_damaged_samples_are_made_again(
     assert files_of(dataset_copy, ".tar", ".parquet") == files_of(finished_dataset, ".tar", ".parquet")
 
 
+def test_a_flipped_bit_in_a_samples_record_is_not_taken_over(
+    make_config: MakeConfig, dataset_copy: Path, finished_dataset: Path, drawn: list[tuple[str, int]]
+) -> None:
+    tar = dataset_copy / "00000.tar"
+    tar.write_bytes(tar.read_bytes().replace(b'"guidance_scales": [2.0', b'"guidance_scales": [3.0', 1))
+    (dataset_copy / "00000_stats.json").unlink()
+    assert repair(RepairConfig(str(dataset_copy))) == 75
+    assert run(make_config()) == 0
+    assert drawn
+    assert files_of(dataset_copy, ".tar", ".parquet") == files_of(finished_dataset, ".tar", ".parquet")
+
+
+# --- plans
+
+
+def test_a_plan_is_not_replaced_while_a_worker_lives_and_leaves_nothing_when_it_is(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("data_gen.generator.DiffusionGenerator", NoiseGenerator)
+    config = make_config()
+    with monkeypatch.context() as context:
+        context.setattr("data_gen.job._run_workers", lambda *_: True)  # stopped before the first image
+        assert run(config) == 75
+    store = Store(config.output)
+    living = folder_of(store, "living", host="elsewhere")
+    assert living.claim("00000")
+    with pytest.raises(ValueError, match="seed is 0 there and 1 here"):
+        run(dataclasses.replace(config, seed=1))
+    living.release("00000")
+    living.set_aside("00001", "of the old plan")
+    assert run(dataclasses.replace(config, seed=1)) == 0
+    assert "dataset.json is replaced: nothing was made by its plan" in capsys.readouterr().err
+
+
+def test_a_job_in_this_process_is_seen_by_its_own_display(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    generate = NoiseGenerator.generate
+
+    def look(self: NoiseGenerator, requests: Any, seed: int) -> Any:
+        for made in generate(self, requests, seed):
+            time.sleep(0.2)
+            folder = WorkFolder(Store(make_config().output), Worker.of_this_process(), lease_seconds=60)
+            seen.append(len(folder.list_reports()))
+            yield made
+
+    monkeypatch.setattr(NoiseGenerator, "generate", look)
+    monkeypatch.setattr("data_gen.generator.DiffusionGenerator", NoiseGenerator)
+    assert run(make_config()) == 0
+    assert seen[-1] == 1
+
+
 # --- repair
 
 
@@ -220,7 +274,7 @@ def test_repair_adopts_requeues_and_collects_orphans(
         "captions/00000-ffffffffffff.parquet": b"of a plan that never began",
         f".00009.tar.0000abcd.{os.uname().nodename}.4194304.tmp": b"half",
         f".work/workers/{dead}.json": json.dumps(
-            {"name": dead, "host": os.uname().nodename, "pid": 4194304, "updated": time.time()}
+            {"name": dead, "host": Worker.of_this_process().host, "pid": 4194304, "updated": time.time()}
         ).encode(),
         ".work/00002/part-0.tar": b"of a shard that is finished",
     }
@@ -240,7 +294,7 @@ def test_repair_adopts_requeues_and_collects_orphans(
 def test_repair_leaves_the_shard_of_a_living_worker_alone(dataset_copy: Path) -> None:
     (dataset_copy / "00001_stats.json").unlink()
     store = Store(dataset_copy)
-    elsewhere = WorkFolder(store, Worker("other-1-abcdef", "other", 1), lease_seconds=60)
+    elsewhere = WorkFolder(store, Worker("other-1-abcdef", "other", 1, "there"), lease_seconds=60)
     assert elsewhere.claim("00001")
     assert repair(RepairConfig(str(dataset_copy))) == 75
     assert not (dataset_copy / "00001_stats.json").exists()
@@ -365,11 +419,16 @@ def test_a_caption_with_separators_or_control_characters_is_only_text(
 # --- claims and deaths
 
 
+def folder_of(store: Store, name: str, host: str = "", pid: int = 0, lease_seconds: float = 60) -> WorkFolder:
+    """What a worker sees; of this machine and process unless said otherwise."""
+    here = Worker.of_this_process()
+    return WorkFolder(store, Worker(name, host or here.host, pid or here.pid, name), lease_seconds)
+
+
 def test_a_claim_holds_while_its_worker_lives(tmp_path: Path) -> None:
-    store, host = Store(tmp_path), os.uname().nodename
-    mine = WorkFolder(store, Worker("mine", host, os.getpid()), lease_seconds=60)
-    far = WorkFolder(store, Worker("far", "elsewhere", 1), lease_seconds=0.5)
-    dead = WorkFolder(store, Worker("dead", host, 4194304), lease_seconds=60)
+    store = Store(tmp_path)
+    mine, far = folder_of(store, "mine"), folder_of(store, "far", host="elsewhere", lease_seconds=0.5)
+    dead = folder_of(store, "dead", pid=4194304)
     assert far.claim("00000")
     assert not mine.claim("00000")
     time.sleep(0.3)
@@ -383,21 +442,75 @@ def test_a_claim_holds_while_its_worker_lives(tmp_path: Path) -> None:
     assert [death["worker"] for death in mine.read_deaths("00001")] == ["dead"]
 
 
-def test_deaths_at_one_place_set_a_shard_aside_and_progress_counts_afresh(tmp_path: Path) -> None:
-    folder = WorkFolder(Store(tmp_path), Worker.of_this_process(), lease_seconds=60)
+def test_a_process_number_that_another_has_now_keeps_no_claim_alive(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    assert folder_of(store, "gone", pid=os.getppid(), lease_seconds=0.2).claim("00000")
+    assert not folder_of(store, "mine").claim("00000")
+    time.sleep(0.3)
+    assert folder_of(store, "mine").claim("00000")
+
+
+def test_a_claim_is_taken_over_by_one_alone_and_given_back_by_its_holder_alone(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    late = folder_of(store, "late", host="elsewhere", lease_seconds=0.1)
+    assert late.claim("00000")
+    time.sleep(0.2)
+    heirs = [folder_of(store, f"heir {index}", host=f"host {index}") for index in range(8)]
+    with ThreadPoolExecutor(8) as executor:
+        taken = list(executor.map(lambda heir: heir.claim("00000"), heirs))
+    assert taken.count(True) == 1
+    late.renew()
+    late.release("00000")
+    assert not folder_of(store, "mine").claim("00000")
+    heirs[taken.index(True)].release("00000")
+    assert folder_of(store, "mine").claim("00000")
+
+
+def test_claims_given_back_and_taken_at_once_raise_nothing(tmp_path: Path) -> None:
+    """Empty folders go, while others write into them."""
+    store = Store(tmp_path)
+
+    def claim_and_release(index: int) -> int:
+        folder = folder_of(store, f"worker {index}", host=f"host {index}")
+        num_claims = 0
+        for _ in range(40):
+            if folder.claim("00000"):
+                num_claims += 1
+                folder.release("00000")
+        return num_claims
+
+    with ThreadPoolExecutor(4) as executor:
+        assert sum(executor.map(claim_and_release, range(4))) > 0
+
+
+def test_deaths_at_one_sample_set_a_shard_aside_and_progress_counts_afresh(tmp_path: Path) -> None:
+    folder = folder_of(Store(tmp_path), "mine")
     for index in range(MAX_DEATHS - 1):
-        folder.record_death("00000", "killed", f"worker {index}")
-        folder.record_death("00000", "killed", f"worker {index}")  # by another witness
+        folder.record_death("00000", "killed", f"worker {index}", "here")
+        folder.record_death("00000", "killed", f"worker {index}", "here")  # by another witness
     assert not folder.is_set_aside("00000")
     folder.write_part("00000", b"a sample")
     for index in range(MAX_DEATHS):
         assert not folder.is_set_aside("00000")
-        folder.record_death("00000", "killed", f"later worker {index}")
+        folder.record_death("00000", "killed", f"later worker {index}", "here")
     assert folder.list_set_aside() == {"00000": f"killed (×{MAX_DEATHS})"}
+    folder.forgive("00000")
+    assert not folder.is_set_aside("00000")
+    assert list(folder.read_parts("00000")) == [b"a sample"]
 
 
-def test_a_shard_is_a_pure_function_of_the_plan(make_config: MakeConfig, dataset_copy: Path) -> None:
-    """Whatever lies around it: the caption file is the plan's, and nothing else is read."""
+def test_deaths_of_one_place_do_not_speak_against_a_shard_while_others_live(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    folder_of(store, "healthy", host="elsewhere").report({})
+    folder = folder_of(store, "mine")
+    for index in range(MAX_DEATHS + 2):
+        folder.record_death("00000", "killed", f"worker {index}", "a broken accelerator")
+    assert not folder.is_set_aside("00000")
+    folder.record_death("00000", "killed", "another worker", "another place")
+    assert folder.is_set_aside("00000")
+
+
+def test_planned_captions_that_are_lost_are_named(make_config: MakeConfig, dataset_copy: Path) -> None:
     plan = Plan.read(Store(dataset_copy))
     shutil.rmtree(dataset_copy / "captions")
     (dataset_copy / "00001_stats.json").unlink()
@@ -416,6 +529,7 @@ def test_the_dry_run_prints_size_time_and_cost_and_writes_nothing(
     assert "5 captions × 3 = 15 images in 3 shards; 0 of them there already" in output
     assert "images/s each" in output
     assert "at 3 an hour and worker" in output
+    assert run(dataclasses.replace(config, num_images_per_batch=1)) == 0
     assert not Path(config.output).exists()
 
 

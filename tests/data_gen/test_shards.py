@@ -360,6 +360,26 @@ def test_no_marker_stands_beside_a_tar_that_it_does_not_describe(
     assert (replaced.num_samples, replaced.num_failed) == (2, 1)
 
 
+def test_of_two_writers_that_replace_a_tar_no_marker_stays_that_is_not_the_tars(
+    shard: Shard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have seen the tar without its marker; one publishes all of its shard before the other replaces."""
+    root = shard.path.parent
+    shard.path.with_name("00000_stats.json").unlink()
+    replace = Store.replace
+
+    def be_overtaken(self: Store, name: str, content: bytes | Path) -> None:
+        monkeypatch.setattr(Store, "replace", replace)
+        write_again(root, make_samples()[:1], replaces=shard.sha256)
+        replace(self, name, content)
+
+    monkeypatch.setattr(Store, "replace", be_overtaken)
+    with pytest.raises(ShardTakenError, match="two writers have replaced it"):
+        write_again(root, make_samples()[:2], replaces=shard.sha256)
+    assert list_complete_shards(root) == []
+    verify_shard(write_again(root, make_samples()[:2]))
+
+
 def test_shard_names_sort_by_index() -> None:
     manifest = dataclasses.replace(build_manifest(1), num_shards=123_457)
     names = [manifest.shard_name(index) for index in (0, 9, 10, 99_999, 100_000, 123_456)]
