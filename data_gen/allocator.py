@@ -1,8 +1,8 @@
 """Memory that an operation on the CPU has freed is kept for the next one.
 
 Every operation of a network allocates its output. For large ones glibc maps fresh pages and unmaps them
-afterwards, and each page costs a fault when it is first written: a sixth of the time with 16 images a batch of
-the embedded model. The share grows with the batch, so that batching would give back what it gains.
+afterwards, and each page costs a fault when it is first written: a sixth of the time with 16 images a batch
+of the embedded model. The share grows with the batch, so that batching would give back what it gains.
 
 Reference: mallopt(3).
 """

@@ -104,7 +104,9 @@ class GeneratorConfig:
             if size is not None and (size < 8 or size % 8):
                 raise ValueError(f"{name} must be a multiple of 8 pixels, got {size}")
         if self.int8 and importlib.util.find_spec("torchao") is None:
-            raise ValueError("int8 must be false where torchao is not installed (pip install torchao)")
+            raise ValueError(
+                "int8 must be false where torchao is not installed (pip install stablerep[int8])"
+            )
         if self.scheduler is not None and self.scheduler not in SCHEDULERS:
             nearest = difflib.get_close_matches(self.scheduler, SCHEDULERS, n=1, cutoff=0.0)[0]
             raise ValueError(
