@@ -157,9 +157,9 @@ class WorkFolder:
         """Records the death of a process of this host in each shard that it had claimed, and frees them.
 
         Returns:
-            The shards, and the number of images that the process had made.
+            The shards, and the number of finished samples that the process had saved.
         """
-        shards, num_images_made = [], 0
+        shards, num_samples_saved = [], 0
         for name in self._list():
             if "/claim-" not in name and "/workers/" not in name:
                 continue
@@ -170,9 +170,9 @@ class WorkFolder:
                 shards.append(name.split("/")[1])
                 self.record_death(shards[-1], reason, str(value["name"]), str(value["place"]))
             else:
-                num_images_made = int(value["num_images_made"])
+                num_samples_saved = int(value["num_samples_saved"])
             self._store.delete(name)
-        return shards, num_images_made
+        return shards, num_samples_saved
 
     def read_deaths(self, shard: str) -> list[dict[str, Any]]:
         """Deaths in a shard, the oldest first."""

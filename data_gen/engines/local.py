@@ -25,7 +25,7 @@ from data_gen.worker import (
 )
 
 MAX_FRUITLESS_STARTS = 6
-"""Workers in a row that may end without an image, before their place is given up."""
+"""Workers in a row that may end before they have saved a sample; then their place is given up."""
 
 _SECONDS_BETWEEN_LOOKS = 0.2
 _MAX_SECONDS_BEFORE_START = 60.0
@@ -41,7 +41,7 @@ class _Slot:
         index: Which place.
         process: The present worker.
         lines: What it said last.
-        num_fruitless: Workers in a row that died without an image.
+        num_fruitless: Workers in a row that died before they had saved a sample.
         start_at: When the next one starts, where the last one died.
         code: The exit code of the last one, once no other follows.
     """
@@ -65,7 +65,7 @@ def run_local(
     """Runs one worker process for each config until none has anything left to do.
 
     A worker that dies is buried (its shard is free at once, its death noted) and replaced, at once the first
-    time and after a pause that doubles while its successors make no image; at last its place is given up.
+    time, and after a pause that doubles while its successors save nothing; at last its place is given up.
 
     Args:
         works: What each worker is told.
@@ -101,7 +101,9 @@ def run_local(
         _end(slots, grace_seconds)
     if all(slot.num_fruitless >= MAX_FRUITLESS_STARTS for slot in slots):
         reason = _describe(slots[0].process.returncode, slots[0].lines)
-        raise OSError(f"{MAX_FRUITLESS_STARTS} workers in a row ended without an image ({reason})")
+        raise OSError(
+            f"{MAX_FRUITLESS_STARTS} workers in a row ended before they had saved a sample ({reason})"
+        )
     return [EXIT_UNFINISHED if slot.code is None else slot.code for slot in slots]
 
 
@@ -113,10 +115,10 @@ def _look_after(slot: _Slot, work_folder: WorkFolder, say: Callable[[str], None]
         slot.code = code
         return
     reason = _describe(code, slot.lines)
-    shards, num_images_made = list[str](), 0
+    shards, num_samples_saved = list[str](), 0
     with contextlib.suppress(OSError):  # the store may be what it died of
-        shards, num_images_made = work_folder.bury(slot.process.pid, reason)
-    slot.num_fruitless = 0 if num_images_made else slot.num_fruitless + 1
+        shards, num_samples_saved = work_folder.bury(slot.process.pid, reason)
+    slot.num_fruitless = 0 if num_samples_saved else slot.num_fruitless + 1
     where = f" in shard {shards[0]}" if shards else ""
     if slot.num_fruitless >= MAX_FRUITLESS_STARTS:
         slot.code = code

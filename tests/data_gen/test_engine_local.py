@@ -191,7 +191,10 @@ def test_workers_that_cannot_start_end_the_job_with_their_reason(
     environment = light_environment(tmp_path / "light", LIGHT_UNLOADED="no such weights")
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 1
-    assert "6 workers in a row ended without an image (exit code 1: error: no such weights)" in done.stderr
+    assert (
+        "6 workers in a row ended before they had saved a sample (exit code 1: error: no such weights)"
+        in done.stderr
+    )
 
 
 def test_a_broken_place_is_given_up_and_sets_no_shard_aside(
