@@ -6,8 +6,8 @@
 
 The loop calls a diffusers pipeline once a caption for all of its images and saves each. Ours is a worker of
 `stablerep generate`, from the frozen plan to the published shard and the dataset's card. Both have the same
-model, dtype, scheduler, steps, guidance, captions, cores, and JPEG quality. On both sides loading and compiling
-are left out.
+model, dtype, scheduler, steps, guidance, captions, cores, and JPEG quality. Loading and compiling are left
+out on both sides.
 
 Each side runs in processes of its own; the sides take turns, and a ratio is that of two neighbours in time. A
 turn waits for a quiet machine. One in which others had more than `MAX_FOREIGN_SHARE` of the cores is run
