@@ -46,6 +46,7 @@ _SAMPLE_COLUMNS = {
     "image_sha256": ["string"],
     "guidance_scales": ["float64"],
     "fingerprints": ["string"],
+    "record_sha256": "string",
     "settings_hash": "string",
     "width": "int64",
     "height": "int64",
