@@ -163,16 +163,19 @@ def test_workers_that_join_share_the_work(
 
 def test_status_tells_of_a_running_job(tmp_path: Path, many_captions: Path, tiny_pipeline: Path) -> None:
     root = tmp_path / "dataset"
-    environment = light_environment(tmp_path / "light", LIGHT_SECONDS="0.1")
+    environment = light_environment(tmp_path / "light", LIGHT_SECONDS="0.4")
     command = generate_command(many_captions, root, tiny_pipeline, "--num_workers", "2")
     ask = [*command[:3], "status", "--dataset", str(root), "--json"]
     with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as job:
         while not list(root.glob("*_stats.json")):
             time.sleep(0.1)
             assert job.poll() is None
-        running = subprocess.run(ask, env=environment, capture_output=True, text=True)
+        status = {"images_per_second": 0.0}
+        while not status["images_per_second"]:  # workers report once a second
+            running = subprocess.run(ask, env=environment, capture_output=True, text=True)
+            status = json.loads(running.stdout)
+            assert job.poll() is None
         job.wait(timeout=60)
-    status = json.loads(running.stdout)
     assert running.returncode == 75
     assert not status["is_finished"]
     assert 0 < status["num_shards_finished"] < status["num_shards"] == 11

@@ -54,7 +54,7 @@ def write_dataset(
     """
     captions = [f"caption number {index}" for index in range(sum(num_captions_of_shards))]
     root.mkdir(parents=True, exist_ok=True)
-    settings = {"num_images": num_images, "size": size}
+    settings = {"generator": {"model": "none"}, "num_images": num_images, "size": size}
     manifest = DatasetManifest(
         schema_version=SCHEMA_VERSION,
         settings=settings,
