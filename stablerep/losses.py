@@ -4,31 +4,41 @@ For anchor i with normalised embedding z_i, s_ij = z_i·z_j / τ, and P(i) the o
 
     q_ij = exp(s_ij) / Σ_{k≠i} exp(s_ik)         the contrastive distribution
     p_ij = [j ∈ P(i)] / |P(i)|                   the ground truth: uniform over the caption's other images
-    loss_i = H(p_i, q_i) = logsumexp_{j≠i} s_ij − mean_{p∈P(i)} s_ip
+    loss_i = H(p_i, q_i) = l_i − z_i·Z_i / (|P(i)| τ),    l_i = log Σ_{k≠i} exp(s_ik),  Z_i = Σ_{p∈P(i)} z_p
 
-The last form needs no N×N mask, because Σ_{p∈P(i)} z_p = (sum over i's caption) − z_i.
+Z_i is the sum over i's caption less z_i, so no N×N mask is needed; and as s_ij = s_ji, the gradient of the
+mean over the A anchors that have a positive (m_i = 1, for the others 0) is
+
+    ∂L/∂z_i = 1/(A τ) · [ Σ_{j≠i} (m_i e^{s_ij − l_i} + m_j e^{s_ij − l_j}) z_j  −  2 m_i Z_i / |P(i)| ]
+
+Each rank has the whole gradient of its own rows once it knows every z and every l: what is gathered is N·D
+and N numbers, nothing in the backward. `stablerep.blockwise` computes the sums without an N×N matrix.
 
     paper   here            meaning
     τ       temperature
     N       num_images      images in the step, over all ranks
     m       -               images of a caption; may differ from caption to caption
     z       embeddings      output of the projection head
+
+StableRep+ adds half of (images → texts plus texts → images), where s_ij = scale · image_i·text_j, the
+positives of an image are the texts of its caption, and those of a text all images of its caption.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from stablerep.distributed import (
-    all_gather_rows,
-    all_gather_with_gradient,
-    gather_sizes,
-    is_distributed,
-    rank,
-    world_size,
+from stablerep.blockwise import (
+    MAX_UNSHIFTED,
+    log_sum_exp_by_rows,
+    multiply_exponentials,
+    multiply_softmax_by_rows,
+    sum_exponentials,
 )
+from stablerep.distributed import all_gather_rows, gather_sizes, is_distributed, rank, world_size
 
 _SMALLEST_SQUARED_NORM = 1e-12
 
@@ -38,12 +48,23 @@ class ContrastiveLoss(NamedTuple):
 
     Attributes:
         loss: Scalar; the mean over ranks is the loss of the whole step.
-        num_anchors_without_positive: Anchors of this rank that the mean leaves out, as no other image
-            of the step shares their caption.
+        num_anchors_without_positive: Anchors of this rank that the mean leaves out, as nothing in the step
+            shares their caption.
     """
 
     loss: Tensor
     num_anchors_without_positive: Tensor
+
+
+class Queue(NamedTuple):
+    """Embeddings of earlier steps, the same on every rank: columns that are compared with, but no anchors.
+
+    Shapes:
+        embeddings [Q, D], normalised; labels [Q]
+    """
+
+    embeddings: Tensor
+    labels: Tensor
 
 
 def normalize_embeddings(embeddings: Tensor) -> Tensor:
@@ -60,7 +81,7 @@ def normalize_embeddings(embeddings: Tensor) -> Tensor:
 
 
 def multi_positive_contrastive_loss(
-    embeddings: Tensor, labels: Tensor, temperature: float = 0.1
+    embeddings: Tensor, labels: Tensor, temperature: float = 0.1, queue: Queue | None = None
 ) -> ContrastiveLoss:
     """mean_i [ logsumexp_{j≠i} s_ij − mean_{p∈P(i)} s_ip ], s = z zᵀ / temperature.
 
@@ -74,6 +95,7 @@ def multi_positive_contrastive_loss(
             the loss is computed in float32 (float64 for float64) inside any autocast.
         labels: Integer label of each image; equal labels are positives, wherever in the step they stand.
         temperature: τ, above 0.
+        queue: Earlier embeddings as further columns; those with an anchor's label are its positives too.
 
     Shapes:
         embeddings [N_local, D], labels [N_local] -> scalar
@@ -89,33 +111,299 @@ def multi_positive_contrastive_loss(
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
-    if embeddings.ndim != 2 or labels.shape != embeddings.shape[:1]:
-        raise ValueError(
-            f"embeddings must be [N, D] and labels [N], got {list(embeddings.shape)}, {list(labels.shape)}"
-        )
+    _check_shapes("embeddings", embeddings, "labels", labels)
     with torch.autocast(embeddings.device.type, enabled=False):
         z = normalize_embeddings(embeddings)  # [N_local, D]
-        columns = all_gather_with_gradient(z)  # [N, D]
-        column_labels = all_gather_rows(labels)  # [N]
-        first = sum(gather_sizes(z.shape[0], z.device)[: rank()])
-        own = torch.arange(first, first + z.shape[0], device=z.device)  # own column of each row
+        with torch.no_grad():
+            step = _gather_step(z, labels, temperature, queue)
+        loss: Tensor = _MultiPositiveLoss.apply(z, step)
+    return ContrastiveLoss(loss, (~step.has_positive[step.own]).sum())
 
-        _, caption, caption_size = column_labels.unique(return_inverse=True, return_counts=True)
-        num_positives = caption_size[caption[own]] - 1  # [N_local]
-        has_positive = num_positives > 0
 
-        s = z @ columns.T / temperature  # [N_local, N]
-        s[torch.arange(z.shape[0], device=z.device), own] = -torch.inf  # j ≠ i
-        log_normaliser = torch.logsumexp(s[has_positive], dim=1)
+@dataclass(frozen=True)
+class _Step:
+    """What every rank knows of a step; the first N columns are its anchors, the rest is the queue.
 
-        caption_sum = columns.new_zeros(len(caption_size), z.shape[1]).index_add(0, caption, columns)
-        positive_sum = caption_sum[caption[own]] - z
-        positive_mean = (z * positive_sum).sum(dim=1) / num_positives.clamp(min=1) / temperature
+    Attributes:
+        columns: z of all ranks, then of the queue.
+        own: The columns of this rank's rows.
+        caption: Index of each anchor's caption among the step's captions.
+        caption_sum: Sum of the columns of each caption.
+        anchor_sum: Likewise, of the anchors alone.
+        num_positives: |P(i)| of each anchor.
+        has_positive: m of each anchor.
+        temperature: τ.
 
-        losses = log_normaliser - positive_mean[has_positive]
-        num_anchors = has_positive.sum()
-        if is_distributed():
-            dist.all_reduce(num_anchors)
-        # `0 * z.sum()` keeps every rank in the backward's collective when it has no anchor of its own.
-        loss = (losses.sum() + 0.0 * columns.sum()) * world_size() / num_anchors.clamp(min=1)
-    return ContrastiveLoss(loss, (~has_positive).sum())
+    Shapes:
+        columns [N + Q, D], caption [N], caption_sum [C, D], anchor_sum [C, D], num_positives [N],
+        has_positive [N]
+    """
+
+    columns: Tensor
+    own: slice
+    caption: Tensor
+    caption_sum: Tensor
+    anchor_sum: Tensor
+    num_positives: Tensor
+    has_positive: Tensor
+    temperature: float
+
+    @property
+    def weights(self) -> Tensor:
+        """m / A of each anchor, [N]."""
+        return self.has_positive.to(self.columns.dtype) / self.has_positive.sum().clamp(min=1)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether this rank's rows are all the columns, and the exponentials need no maximum taken off."""
+        num_rows = self.own.stop - self.own.start
+        return num_rows == len(self.columns) and 1 / self.temperature <= MAX_UNSHIFTED
+
+
+def _gather_step(z: Tensor, labels: Tensor, temperature: float, queue: Queue | None) -> _Step:
+    own = _own_slice(len(z), z.device)
+    columns, all_labels = all_gather_rows(z), all_gather_rows(labels)
+    num_anchors = len(columns)
+    if queue is not None:
+        columns = torch.cat([columns, queue.embeddings.to(columns.dtype)])
+        all_labels = torch.cat([all_labels, queue.labels])
+    _, caption, caption_size = all_labels.unique(return_inverse=True, return_counts=True)
+    anchors = caption[:num_anchors]
+    num_positives = caption_size[anchors] - 1
+    caption_sum = _sum_by(caption, columns, len(caption_size))
+    return _Step(
+        columns=columns,
+        own=own,
+        caption=anchors,
+        caption_sum=caption_sum,
+        anchor_sum=caption_sum
+        if queue is None
+        else _sum_by(anchors, columns[:num_anchors], len(caption_size)),
+        num_positives=num_positives,
+        has_positive=num_positives > 0,
+        temperature=temperature,
+    )
+
+
+class _MultiPositiveLoss(torch.autograd.Function):
+    """Σ over this rank's anchors, times world_size / A; backward: the closed form of this module's head."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, step: _Step) -> Tensor:
+        own, temperature = step.own, step.temperature
+        if step.is_whole:
+            logs = sum_exponentials(z * temperature**-0.5, None)[0].log()
+        else:
+            logs = log_sum_exp_by_rows(z / temperature, step.columns, own=own.start)
+        positives = step.caption_sum[step.caption[own]] - z  # Z
+        mean = (z * positives).sum(dim=1) / step.num_positives[own].clamp(min=1) / temperature
+        ctx.step, ctx.all_logs = step, all_gather_rows(logs)
+        ctx.save_for_backward(z)
+        has_positive = step.has_positive[own]  # a lonely anchor without any other column has l = −∞
+        losses = torch.where(has_positive, logs - mean, 0.0)
+        return (losses * step.weights[own]).sum() * world_size()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (z,), step, logs = ctx.saved_tensors, ctx.step, ctx.all_logs
+        own, temperature, weights = step.own, step.temperature, step.weights
+        if step.is_whole:
+            factors = torch.where(step.has_positive, weights * torch.exp(-logs), 0.0)
+            attraction = multiply_exponentials(z * temperature**-0.5, None, factors, factors)[0]
+            attraction *= temperature**0.5
+        else:
+            num_queued = len(step.columns) - len(logs)
+            logs = torch.where(step.has_positive, logs, 0.0)
+            attraction = multiply_softmax_by_rows(
+                z / temperature,
+                step.columns,
+                logs[own],
+                torch.cat([logs, logs.new_zeros(num_queued)]),
+                weights[own],
+                torch.cat([weights, weights.new_zeros(num_queued)]),
+                own=own.start,
+            )
+        captions = step.caption[own]
+        positives = step.caption_sum[captions] + step.anchor_sum[captions] - 2 * z
+        positives *= (weights[own] / step.num_positives[own].clamp(min=1))[:, None]
+        return (attraction - positives) * (gradient * world_size() / temperature), None
+
+
+def image_text_contrastive_loss(
+    images: Tensor, texts: Tensor, image_labels: Tensor, text_labels: Tensor, scale: Tensor
+) -> ContrastiveLoss:
+    """½ · mean over images of H(uniform over the caption's texts, softmax over all texts) + ½ · the converse.
+
+    With one image and one text a caption this is CLIP's loss. As for `multi_positive_contrastive_loss`, the
+    mean over ranks is the single-process loss, and so is the gradient that DDP averages, that of `scale` too.
+
+    Args:
+        images: Projected features of this rank's images, not normalised, any float dtype.
+        texts: Projected features of this rank's texts.
+        image_labels: Integer label of each image: its caption.
+        text_labels: Integer label of each text.
+        scale: Inverse temperature, a scalar above 0; its gradient is computed too.
+
+    Shapes:
+        images [N_local, D], texts [M_local, D], image_labels [N_local], text_labels [M_local], scale []
+            -> scalar
+
+    Returns:
+        The loss and the number of this rank's images and texts whose caption the other side lacks.
+
+    Raises:
+        ValueError: If the shapes do not match.
+
+    Reference:
+        Tian et al., StableRep, arXiv 2306.00984, section 3.3; Radford et al., CLIP, arXiv 2103.00020.
+    """
+    _check_shapes("images", images, "image_labels", image_labels)
+    _check_shapes("texts", texts, "text_labels", text_labels)
+    if images.shape[1] != texts.shape[1]:
+        raise ValueError(
+            f"images and texts must have one width, got {list(images.shape)} and {list(texts.shape)}"
+        )
+    with torch.autocast(images.device.type, enabled=False):
+        a, b = normalize_embeddings(images), normalize_embeddings(texts)
+        with torch.no_grad():
+            step = _gather_pairs(a, b, image_labels, text_labels)
+        loss: Tensor = _ImageTextLoss.apply(a, b, scale.to(a.dtype), step)
+    lonely = [(~side.has_positive[side.own]).sum() for side in step]
+    return ContrastiveLoss(loss, lonely[0] + lonely[1])
+
+
+@dataclass(frozen=True)
+class _Side:
+    """The images or the texts of a step, of all ranks.
+
+    Attributes:
+        columns: Normalised features.
+        own: This rank's.
+        caption: Index of each one's caption.
+        caption_sum: Sum of this side's columns of each caption.
+        num_positives: How many of the other side each one has.
+
+    Shapes:
+        columns [N, D], caption [N], caption_sum [C, D], num_positives [N]
+    """
+
+    columns: Tensor
+    own: slice
+    caption: Tensor
+    caption_sum: Tensor
+    num_positives: Tensor
+
+    @property
+    def has_positive(self) -> Tensor:
+        """Whether each one has any, [N]."""
+        return self.num_positives > 0
+
+    @property
+    def weights(self) -> Tensor:
+        """½ / (those that have a positive) of each that has one, [N]."""
+        return self.has_positive.to(self.columns.dtype) / (2 * self.has_positive.sum().clamp(min=1))
+
+
+def _gather_pairs(a: Tensor, b: Tensor, image_labels: Tensor, text_labels: Tensor) -> tuple[_Side, _Side]:
+    columns, owns = [all_gather_rows(side) for side in (a, b)], [_own_slice(len(s), s.device) for s in (a, b)]
+    labels = [all_gather_rows(side) for side in (image_labels, text_labels)]
+    distinct, caption = torch.cat(labels).unique(return_inverse=True)
+    captions = caption.split([len(side) for side in labels])
+    sizes = [torch.bincount(side, minlength=len(distinct)) for side in captions]
+    images, texts = (
+        _Side(
+            columns=columns[side],
+            own=owns[side],
+            caption=captions[side],
+            caption_sum=_sum_by(captions[side], columns[side], len(distinct)),
+            num_positives=sizes[1 - side][captions[side]],
+        )
+        for side in (0, 1)
+    )
+    return images, texts
+
+
+class _ImageTextLoss(torch.autograd.Function):
+    """Σ over this rank's images and texts, times world_size; backward in closed form, as for the images."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, scale: Tensor, step: tuple[_Side, _Side]) -> Tensor:
+        ctx.step, ctx.is_whole = step, not is_distributed() and float(scale) <= MAX_UNSHIFTED
+        if ctx.is_whole:
+            logs = [sums.log() for sums in sum_exponentials(a * scale, b)]
+        else:
+            logs = [
+                log_sum_exp_by_rows(own * scale, other.columns)
+                for own, other in zip((a, b), (step[1], step[0]), strict=True)
+            ]
+        ctx.save_for_backward(a, b, scale)
+        ctx.all_logs = [all_gather_rows(side) for side in logs]
+        loss = a.new_zeros(())
+        for z, side, other, side_logs in zip((a, b), step, step[::-1], logs, strict=True):
+            own = side.own
+            mean = (z * other.caption_sum[side.caption[own]]).sum(dim=1)
+            mean *= scale / side.num_positives[own].clamp(min=1)
+            losses = torch.where(side.has_positive[own], side_logs - mean, 0.0)
+            loss += (losses * side.weights[own]).sum()
+        return loss * world_size()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        a, b, scale = ctx.saved_tensors
+        weights = [side.weights for side in ctx.step]
+        logs = [
+            torch.where(side.has_positive, side_logs, 0.0)
+            for side, side_logs in zip(ctx.step, ctx.all_logs, strict=True)
+        ]
+        if ctx.is_whole:
+            factors = [w * torch.exp(-side_logs) for w, side_logs in zip(weights, logs, strict=True)]
+            of_images, of_texts = multiply_exponentials(a * scale, b, *factors)
+            attractions = [of_images, of_texts / scale]
+        else:
+            attractions = [
+                multiply_softmax_by_rows(
+                    z * scale,
+                    ctx.step[1 - side].columns,
+                    logs[side][ctx.step[side].own],
+                    logs[1 - side],
+                    weights[side][ctx.step[side].own],
+                    weights[1 - side],
+                )
+                for side, z in enumerate((a, b))
+            ]
+        of_scale, gradients = scale.new_zeros(()), []
+        for index, (z, attraction) in enumerate(zip((a, b), attractions, strict=True)):
+            side, other = ctx.step[index], ctx.step[1 - index]
+            own, caption = side.own, side.caption[side.own]
+            share = weights[index][own] / side.num_positives[own].clamp(min=1)
+            share = share + _positive_share(other, weights[1 - index], len(side.caption_sum))[caption]
+            unscaled = attraction - share[:, None] * other.caption_sum[caption]
+            if index == 0:  # either side's sum is the whole derivative by the scale
+                of_scale = (z * unscaled).sum()
+            gradients.append(unscaled * (scale * gradient * world_size()))
+        return gradients[0], gradients[1], of_scale * gradient * world_size(), None
+
+
+def _positive_share(side: _Side, weights: Tensor, num_captions: int) -> Tensor:
+    """w_j / |P(j)| of a side's members, which is one number a caption, [C]."""
+    share = weights.new_zeros(num_captions)
+    share[side.caption] = weights / side.num_positives.clamp(min=1)
+    return share
+
+
+def _check_shapes(name: str, rows: Tensor, labels_name: str, labels: Tensor) -> None:
+    if rows.ndim != 2 or labels.shape != rows.shape[:1]:
+        raise ValueError(
+            f"{name} must be [N, D] and {labels_name} [N], got {list(rows.shape)}, {list(labels.shape)}"
+        )
+
+
+def _own_slice(num_rows: int, device: torch.device) -> slice:
+    first = sum(gather_sizes(num_rows, device)[: rank()])
+    return slice(first, first + num_rows)
+
+
+def _sum_by(index: Tensor, rows: Tensor, num_groups: int) -> Tensor:
+    return rows.new_zeros(num_groups, rows.shape[1]).index_add_(0, index, rows)
