@@ -7,13 +7,15 @@ depend on the others of its batch. A caption is encoded once and its embedding s
 import gc
 import hashlib
 import inspect
+import platform
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,14 +25,14 @@ import torch
 from data_gen.allocator import keep_freed_memory
 from data_gen.guidance import (
     PIPELINE_SCALE,
-    GuidanceRange,
     draw_guidance_scale,
     guide_each_image,
     is_fixed,
+    largest_scale,
 )
 from data_gen.models import GeneratorConfig, ModelFiles
 from data_gen.noise import draw_noise, image_seed
-from data_gen.pipelines import has_known_latents, load_pipeline
+from data_gen.pipelines import has_known_latents, keyed_noise, load_pipeline
 from data_gen.shards import to_json
 
 NUM_CAPTIONS_PER_ENCODING = 16
@@ -112,8 +114,9 @@ class DiffusionGenerator:
         fingerprints: Every fingerprint that an image was made under so far, by its id.
 
     Raises:
-        OSError: The folder cannot be loaded (damaged, or without safetensors).
-        ValueError: A setting is out of its range, there is no such device, or the pipeline takes no prompt.
+        OSError: The folder cannot be loaded (damaged, or without safetensors), or does not fit into memory.
+        ValueError: A setting is out of its range or would have no effect, there is no such device, or the
+            pipeline takes no prompt.
     """
 
     def __init__(self, config: GeneratorConfig, model: ModelFiles, num_images_per_batch: int) -> None:
@@ -126,7 +129,8 @@ class DiffusionGenerator:
         self.device = _find_device(config.device)
         if self.device.type == "cpu":
             keep_freed_memory()
-        self.pipeline = load_pipeline(config, model).to(self.device)
+        with self._shortage_named(f"model {model.name}"):
+            self.pipeline = load_pipeline(config, model).to(self.device)
         self._parameters = set(inspect.signature(self.pipeline.__call__).parameters)
         if "prompt" not in self._parameters:
             name = type(self.pipeline).__name__
@@ -134,9 +138,31 @@ class DiffusionGenerator:
                 f"model {model.name} is a {name}, which takes no prompt: no text-to-image pipeline"
             )
         self._encodes_once = _has_known_embeddings(self.pipeline, self._parameters)
-        if not is_fixed(config.guidance_scale):
+        self._guided = largest_scale(config.guidance_scale) > 1
+        self._scales_differ = self._guided and not is_fixed(config.guidance_scale)
+        self._check_settings_take_effect(model.name)
+        if self._scales_differ:
             self._check_guides_by_two_halves(model.name)
         self.height, self.width = _image_size(self.pipeline, config)
+
+    def _check_settings_take_effect(self, model: str) -> None:
+        """What the dataset records of its images must be how they were made."""
+        config, where = self.config, f"for model {model} ({type(self.pipeline).__name__})"
+        if config.negative_prompt and not self._guided:
+            raise ValueError(
+                f"negative_prompt must be empty where guidance_scale is 1 or below, got "
+                f"{config.negative_prompt!r} at {config.guidance_scale}: nothing leads away from it there"
+            )
+        takes = self._parameters
+        for name, value, is_taken in (
+            ("negative_prompt", config.negative_prompt, bool(takes & {"negative_prompt"})),
+            ("guidance_scale", self._guided and config.guidance_scale, "guidance_scale" in takes),
+            ("num_inference_steps", config.num_inference_steps, "num_inference_steps" in takes),
+            ("height", config.height, "height" in takes),
+            ("width", config.width, "width" in takes),
+        ):
+            if value and not is_taken:
+                raise ValueError(f"{name} must not be set {where}, which does not take it, got {value!r}")
 
     def _check_guides_by_two_halves(self, model: str) -> None:
         """What can be seen before the first batch; `guide_each_image` sees the rest."""
@@ -252,13 +278,14 @@ class DiffusionGenerator:
         if not self._encodes_once:
             return [{} for _ in requests]
         padded = [requests[min(row, len(requests) - 1)].text for row in range(NUM_CAPTIONS_PER_ENCODING)]
-        encoded = self.pipeline.encode_prompt(
-            prompt=padded,
-            device=self.device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=self._guided,
-            negative_prompt=self._negative_prompts(len(padded)),
-        )
+        with self._shortage_named(f"the embeddings of {NUM_CAPTIONS_PER_ENCODING} captions"):
+            encoded = self.pipeline.encode_prompt(
+                prompt=padded,
+                device=self.device,
+                num_images_per_prompt=1,
+                do_classifier_free_guidance=self._guided,
+                negative_prompt=self._negative_prompts(len(padded)),
+            )
         names = (
             "prompt_embeds",
             "negative_prompt_embeds",
@@ -272,10 +299,10 @@ class DiffusionGenerator:
     def _run(self, plans: Sequence[_Plan]) -> tuple[npt.NDArray[np.uint8], list[str | None]]:
         """One batch of the pipeline, padded with its last image; uint8 [len(plans), H, W, 3] and failures."""
         padded = [plans[min(row, len(plans) - 1)] for row in range(self.num_images_per_batch)]
-        scales, fixed = [plan.guidance_scale for plan in padded], is_fixed(self.config.guidance_scale)
+        scales = [plan.guidance_scale for plan in padded]
         arguments: dict[str, Any] = {
             "num_inference_steps": self.config.num_inference_steps,
-            "guidance_scale": scales[0] if fixed else PIPELINE_SCALE,
+            "guidance_scale": PIPELINE_SCALE if self._scales_differ else scales[0],
             "height": self.height,
             "width": self.width,
             "output_type": "pt",
@@ -284,15 +311,18 @@ class DiffusionGenerator:
         }
         if self._encodes_once:
             arguments["latents"] = self._latents(padded)
-        with (
-            nullcontext() if fixed else guide_each_image(self.pipeline.unet, scales),
-            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True),
-        ):
+        with ExitStack() as stack:
+            if self._scales_differ:
+                stack.enter_context(guide_each_image(self.pipeline.unet, scales))
+            if not self._encodes_once:
+                stack.enter_context(keyed_noise(self.pipeline, [plan.seed for plan in padded]))
+            decoded = stack.enter_context(_watch_decoder(self.pipeline))
+            stack.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True))
             output = self.pipeline(
                 **{name: arguments[name] for name in arguments if name in self._parameters}
             )
         pixels = output.images[: len(plans)].float()
-        finite = pixels.isfinite().flatten(1).all(dim=1).tolist()
+        finite = _are_finite(pixels, decoded).tolist()
         flagged = getattr(output, "nsfw_content_detected", None) or [False] * len(padded)
         failures = [
             "safety_checker" if bad else None if good else "non_finite"
@@ -321,12 +351,20 @@ class DiffusionGenerator:
 
     def _negative_prompts(self, num: int) -> list[str] | None:
         """None where none is given: SDXL then has zeros in its place, not the embedding of an empty text."""
-        return [self.config.negative_prompt] * num if self._guided and self.config.negative_prompt else None
+        return [self.config.negative_prompt] * num if self.config.negative_prompt else None
 
-    @property
-    def _guided(self) -> bool:
-        scale = self.config.guidance_scale
-        return isinstance(scale, list | GuidanceRange) or scale > 1
+    @contextmanager
+    def _shortage_named(self, what: str) -> Iterator[None]:
+        """Turns a lack of memory into an OSError: this place is too small, the captions are not to blame."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            reason = " ".join(str(error).split())[:160]
+            raise OSError(
+                f"{_name_device(self.device)} has too little memory for {what} ({reason})"
+            ) from None
 
 
 def describe_machine(
@@ -360,7 +398,7 @@ def _describe(
         "transformers": version("transformers"),
         "torchao": version("torchao") if config.int8 else None,
         "numpy": np.__version__,
-        "device": _name_device(device),
+        "device": _name_processor() if is_cpu else _name_device(device),
         "num_threads": num_threads if is_cpu else None,
         "cpu_capability": torch.backends.cpu.get_cpu_capability() if is_cpu else None,
         "dtype": config.dtype,
@@ -375,6 +413,34 @@ def _describe(
 def fingerprint_id(fingerprint: Mapping[str, Any]) -> str:
     """First 12 hex digits of sha256 over the fingerprint as canonical JSON."""
     return hashlib.sha256(to_json(fingerprint).encode()).hexdigest()[:12]
+
+
+@contextmanager
+def _watch_decoder(pipeline: Any) -> Iterator[list[torch.Tensor]]:
+    """What the VAE's decoder gives within: pipelines clamp it, which makes a colour of an infinity."""
+    decoded: list[torch.Tensor] = []
+    decoder = getattr(getattr(pipeline, "vae", None), "decoder", None)
+    if not isinstance(decoder, torch.nn.Module):
+        yield decoded
+        return
+    handle = decoder.register_forward_hook(lambda _, __, output: decoded.append(output))
+    try:
+        yield decoded
+    finally:
+        handle.remove()
+
+
+def _are_finite(pixels: torch.Tensor, decoded: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Whether each image is: in its pixels, and as the decoder gave it where it gave one output an image.
+
+    Shapes:
+        pixels [N, 3, H, W], decoded [rows, 3, H, W] -> [N]
+    """
+    finite = pixels.isfinite().flatten(1).all(dim=1)
+    rows = [output.isfinite().flatten(1).all(dim=1) for output in decoded]
+    if sum(map(len, rows)) >= len(pixels):
+        finite &= torch.cat(rows)[: len(pixels)]
+    return finite
 
 
 def _has_known_embeddings(pipeline: Any, parameters: set[str]) -> bool:
@@ -419,6 +485,16 @@ def _find_device(name: str) -> torch.device:
             f"generator.device must be auto, cpu or an accelerator of this machine, got {name} ({reason})"
         ) from error
     return device
+
+
+def _name_processor() -> str:
+    """Libraries choose kernels by the processor, also among those with the same instructions."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"cpu {names[0] if names else platform.processor() or platform.machine()}"
 
 
 def _name_device(device: torch.device) -> str:

@@ -66,6 +66,13 @@ def is_fixed(guidance_scale: GuidanceScale) -> bool:
     return not isinstance(guidance_scale, list | GuidanceRange)
 
 
+def largest_scale(guidance_scale: GuidanceScale) -> float:
+    """The largest scale that can be drawn; at 1 or below there is no second pass to guide by."""
+    if isinstance(guidance_scale, GuidanceRange):
+        return guidance_scale.high
+    return max(guidance_scale) if isinstance(guidance_scale, list) else guidance_scale
+
+
 def draw_guidance_scale(guidance_scale: GuidanceScale, image_seed: str) -> float:
     """The scale of one image: the fixed one, else uniform from sha256("image_seed/guidance").
 

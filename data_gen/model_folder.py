@@ -44,7 +44,7 @@ def check_pipeline_folder(folder: Path, trust_remote_code: bool, allow_pickle: b
     parts = [name for name, value in index.items() if _is_part(value)]
     if not trust_remote_code and (code := next(_find_code(folder, index), None)):
         raise ValueError(
-            f"model folder {folder} runs code of its own ({code}); generator.trust_remote_code must be true "
+            f"model folder {folder} runs code of its own ({code}); trust_remote_code must be true "
             "to load it"
         )
     for name in parts:
@@ -67,7 +67,7 @@ def check_weights(folder: Path) -> None:
     if pickled := _list_pickled_weights(folder):
         raise ValueError(
             f"{pickled[0]} is a pickle, which can run code when it is read, and there is no .safetensors "
-            "beside it; generator.allow_pickle must be true to load it"
+            "beside it; allow_pickle must be true to load it"
         )
 
 

@@ -68,6 +68,7 @@ class GeneratorConfig:
         compile: Compile the denoiser's repeated blocks; a minute at the start, other rounding.
         tiny_vae: Folder or hub id of a tiny autoencoder (diffusers' AutoencoderTiny) that decodes in the
             place of the model's own.
+        tiny_vae_revision: As `revision`, of a tiny autoencoder from the hub.
         int8: Keep the denoiser's weights as 8-bit integers, one scale a channel.
         trust_remote_code: Run code that comes with the model.
         allow_pickle: Load weights that are not safetensors; of tensors alone, but by Python's unpickler.
@@ -86,6 +87,7 @@ class GeneratorConfig:
     channels_last: bool = False
     compile: bool = False
     tiny_vae: str | None = None
+    tiny_vae_revision: str | None = None
     int8: bool = False
     trust_remote_code: bool = False
     allow_pickle: bool = False
@@ -158,7 +160,7 @@ def find_model(config: GeneratorConfig) -> ModelFiles:
     check_pipeline_folder(model.folder, config.trust_remote_code, config.allow_pickle)
     if config.tiny_vae is None:
         return model
-    folder, identity = _find_tiny_vae(config.tiny_vae, config.allow_pickle)
+    folder, identity = _find_tiny_vae(config.tiny_vae, config.tiny_vae_revision, config.allow_pickle)
     _check_tiny_vae(model, config.tiny_vae, folder)
     identity = f"tiny_vae={identity} {model.identity}"
     return dataclasses.replace(model, identity=identity, tiny_vae_folder=folder)
@@ -175,12 +177,12 @@ def _find_pipeline(config: GeneratorConfig) -> ModelFiles:
     return ModelFiles(name, folder, f"sha256:{digest_model(folder)}")
 
 
-def _find_tiny_vae(place: str, allow_pickle: bool) -> tuple[Path, str]:
+def _find_tiny_vae(place: str, revision: str | None, allow_pickle: bool) -> tuple[Path, str]:
     """Its folder and its identity."""
     folder = Path(place)
     is_hub_id = not folder.exists() and _HUB_ID.fullmatch(place) is not None
     if is_hub_id:
-        folder = _download_tiny_vae(place, allow_pickle)
+        folder = _download_tiny_vae(place, revision, allow_pickle)
     elif not folder.is_dir():
         raise FileNotFoundError(f"tiny_vae folder {folder} does not exist, and it is no hub id (owner/name)")
     class_name = _read_config(folder).get("_class_name")
@@ -239,20 +241,25 @@ def _download(config: GeneratorConfig) -> Path:
             trust_remote_code=config.trust_remote_code,
         )
     except (OSError, ValueError, HfHubHTTPError) as error:
-        where = f"hub model {config.model}" + (f" at revision {config.revision}" if config.revision else "")
+        where = _with_revision(f"hub model {config.model}", config.revision)
         raise OSError(_out_of_reach(where, error)) from error
     return Path(folder)
 
 
-def _download_tiny_vae(hub_id: str, allow_pickle: bool) -> Path:
+def _download_tiny_vae(hub_id: str, revision: str | None, allow_pickle: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
     patterns = ["config.json", "*.safetensors", *(["*.bin"] if allow_pickle else [])]
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError, HfHubHTTPError) as error:
-        raise OSError(_out_of_reach(f"tiny_vae {hub_id}", error)) from error
+        where = _with_revision(f"tiny_vae {hub_id}", revision)
+        raise OSError(_out_of_reach(where, error)) from error
+
+
+def _with_revision(what: str, revision: str | None) -> str:
+    return f"{what} at revision {revision}" if revision else what
 
 
 def _out_of_reach(where: str, error: Exception) -> str:

@@ -4,12 +4,17 @@ Nothing but the library's code runs and no pickle is read, unless the config say
 has looked before.
 """
 
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
 from data_gen.model_folder import forbid_remote_code
 from data_gen.models import BOUNDED_NOISE_SCHEDULERS, MAX_NOISE_RATIO, SCHEDULERS, GeneratorConfig, ModelFiles
+from data_gen.noise import draw_noise
 
 MAX_COMPILED_SHAPES = 64
 """Of one block. Beyond it, torch would run uncompiled without an error, and round otherwise."""
@@ -46,6 +51,7 @@ def load_pipeline(config: GeneratorConfig, model: ModelFiles) -> Any:
     options["trust_remote_code"] = config.trust_remote_code
     pipeline = _load(diffusers.DiffusionPipeline, "model folder", model.folder, options)
     if config.scheduler is not None:
+        _check_diffuses(pipeline.scheduler, config.scheduler, model.name)
         class_name, settings = SCHEDULERS[config.scheduler]
         pipeline.scheduler = getattr(diffusers, class_name).from_config(pipeline.scheduler.config, **settings)
         _check_noise_range(pipeline.scheduler, config.scheduler)
@@ -59,12 +65,64 @@ def has_known_latents(pipeline: Any) -> bool:
     return hasattr(pipeline, "unet") and hasattr(pipeline, "vae_scale_factor")
 
 
+@contextmanager
+def keyed_noise(pipeline: Any, seeds: Sequence[str]) -> Iterator[None]:
+    """Lets a pipeline that prepares its own latents draw them from `data_gen.noise`.
+
+    Its `prepare_latents` asks the library's `randn_tensor`, which would seed torch's generators: those of the
+    CPU take 32 bits of a seed, and each device has other noise. Draws within one run differ by their number.
+
+    Args:
+        pipeline: Any diffusers pipeline; only its own draws change, not those of its scheduler.
+        seeds: The noise key of each image of the batch.
+    """
+    modules = {sys.modules[cls.__module__] for cls in type(pipeline).__mro__}
+    patched = [module for module in modules if hasattr(module, "randn_tensor")]
+    originals = [module.randn_tensor for module in patched]
+    num_draws = 0
+
+    def draw(
+        shape: Sequence[int],
+        generator: Any = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        layout: Any = None,
+    ) -> torch.Tensor:
+        nonlocal num_draws
+        if shape[0] != len(seeds):
+            raise ValueError(
+                f"{type(pipeline).__name__} draws noise of shape {list(shape)} for {len(seeds)} images; each "
+                "image must have a row of its own"
+            )
+        keys = [f"{int(seed, 16) ^ num_draws:032x}" for seed in seeds]
+        num_draws += 1
+        noise = np.stack([draw_noise(key, tuple(shape[1:])) for key in keys])
+        return torch.from_numpy(noise).to(device=device, dtype=dtype)
+
+    for module in patched:
+        module.randn_tensor = draw  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for module, original in zip(patched, originals, strict=True):
+            module.randn_tensor = original  # type: ignore[attr-defined]
+
+
 def _load(pipeline_class: Any, what: str, folder: Any, options: dict[str, Any]) -> Any:
     try:
         return pipeline_class.from_pretrained(folder, **options)
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise OSError(f"{what} {folder} cannot be loaded: {reason}") from error
+
+
+def _check_diffuses(own: Any, name: str, model: str) -> None:
+    """A model of another process, such as flow matching, would be sampled without an error, and wrongly."""
+    if not hasattr(own, "alphas_cumprod"):
+        raise ValueError(
+            f"scheduler must be None for model {model}, got {name}: the model's own, {type(own).__name__}, "
+            "has no schedule of diffusion that another could take over"
+        )
 
 
 def _check_noise_range(scheduler: Any, name: str) -> None:

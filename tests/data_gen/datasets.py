@@ -29,6 +29,7 @@ class NoiseGenerator:
     def __init__(self, *_: Any) -> None:
         pass
 
+    device = SimpleNamespace(type="cpu")
     fingerprints: ClassVar = {FINGERPRINT: {"device": "none"}}
 
     def generate(self, requests: Iterable[Any], seed: int) -> Iterator[Any]:
@@ -138,6 +139,33 @@ def save_tiny_sdxl_pipeline(folder: Path, tiny_pipeline: Path) -> Any:
     )
     pipeline.save_pretrained(folder)
     return pipeline
+
+
+def save_with_safety_checker(tiny_pipeline: Path, folder: Path, threshold: float) -> None:
+    """The tiny pipeline with a small safety checker that flags what is nearer to a concept than this."""
+    import torch
+    from diffusers import StableDiffusionPipeline
+    from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig, CLIPImageProcessor
+
+    layers = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**layers, "image_size": 32, "patch_size": 16}
+    torch.manual_seed(0)
+    checker = StableDiffusionSafetyChecker(
+        CLIPConfig(text_config=layers, vision_config=vision, projection_dim=16)
+    )
+    checker.concept_embeds.data.normal_()
+    checker.special_care_embeds.data.normal_()
+    checker.concept_embeds_weights.data.fill_(threshold)
+    checker.special_care_embeds_weights.data.fill_(2.0)
+    size = {"height": 32, "width": 32}
+    pipeline: Any = StableDiffusionPipeline.from_pretrained(
+        tiny_pipeline,
+        safety_checker=checker,
+        feature_extractor=CLIPImageProcessor(size=size, crop_size=size),
+        requires_safety_checker=True,
+    )
+    pipeline.save_pretrained(folder)
 
 
 def save_tiny_vae(folder: Path, latent_channels: int = 4, num_blocks: int = 2) -> None:

@@ -1,6 +1,7 @@
 """Laws of generation, on a tiny pipeline with random weights that is loaded like any other."""
 
 import hashlib
+import inspect
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -22,8 +23,10 @@ from data_gen.generator import (
 )
 from data_gen.models import SCHEDULERS, GeneratorConfig, find_model
 from data_gen.noise import draw_noise, image_seed
-from tests.data_gen.datasets import save_tiny_sdxl_pipeline
+from data_gen.pipelines import keyed_noise
+from tests.data_gen.datasets import save_tiny_sdxl_pipeline, save_with_safety_checker
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 TEXTS = ("a red cube", "two green spheres", "ein blauer Ring", "猫と犬", "a dog")
 
 
@@ -80,8 +83,25 @@ def test_noise_is_standard_normal_and_independent_between_images() -> None:
     assert np.abs(np.corrcoef(noise) - np.eye(20)).max() < 0.1
 
 
-def test_same_image_whatever_the_batch_mates(build: Callable[..., DiffusionGenerator]) -> None:
-    generator = build()
+@pytest.mark.parametrize(
+    ("device", "settings"),
+    [
+        ("cpu", {}),
+        *(
+            pytest.param("cuda", settings, marks=pytest.mark.gpu)
+            for settings in (
+                {},
+                {"dtype": "float16"},
+                {"dtype": "bfloat16", "int8": True, "channels_last": True, "guidance_scale": [1.0, 4.0]},
+                {"dtype": "bfloat16", "compile": True},
+            )
+        ),
+    ],
+)
+def test_same_image_whatever_the_batch_mates(
+    build: Callable[..., DiffusionGenerator], device: str, settings: dict[str, Any]
+) -> None:
+    generator = build(device=device, **settings)
     together = by_seed(list(generator.generate(ask(num_images=3), seed=0)))
     alone = by_seed(
         [*generator.generate(ask(TEXTS[3:4], 3), seed=0), *generator.generate(ask(TEXTS[:1], 3), seed=0)]
@@ -179,6 +199,62 @@ def test_no_second_pass_at_guidance_one(
     assert batches == {1.0: [4] * 8, 2.0: [8] * 8}
 
 
+def test_no_second_pass_where_no_scale_to_draw_guides(build: Callable[..., DiffusionGenerator]) -> None:
+    generator, plain = build(guidance_scale=[0.5, 1.0]), build(guidance_scale=1.0)
+    sizes: list[int] = []
+    generator.pipeline.unet.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    made = list(generator.generate(ask(), seed=0))
+    assert set(sizes) == {4}
+    assert {scale for result in made for scale in result.guidance_scales} == {0.5, 1.0}
+    assert by_seed(made) == by_seed(list(plain.generate(ask(), seed=0)))
+
+
+def test_a_whole_batch_is_decoded_at_once(build: Callable[..., DiffusionGenerator]) -> None:
+    generator = build()
+    sizes: list[int] = []
+    generator.pipeline.vae.decoder.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    list(generator.generate(ask(), seed=0))
+    assert sizes == [4] * 4  # 15 images
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"guidance_scale": 1.0, "negative_prompt": "blurry"},
+            r"where guidance_scale is 1 or below, got 'bl",
+        ),
+        ({"guidance_scale": [0.5, 1.0], "negative_prompt": "x"}, r"got 'x' at \[0.5, 1.0\]"),
+    ],
+)
+def test_a_negative_prompt_that_nothing_leads_away_from_is_refused(
+    build: Callable[..., DiffusionGenerator], settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(**settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("negative_prompt", "blurry"), ("guidance_scale", 3.0), ("num_inference_steps", 2), ("height", 16)],
+)
+def test_a_setting_that_the_pipeline_does_not_take_is_refused(
+    build: Callable[..., DiffusionGenerator], monkeypatch: pytest.MonkeyPatch, name: str, value: Any
+) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    whole = inspect.signature(StableDiffusionPipeline.__call__)
+    rest = [parameter for parameter in whole.parameters.values() if parameter.name != name]
+
+    def call(*_: Any, **__: Any) -> None:
+        raise AssertionError("it is not run")
+
+    call.__signature__ = whole.replace(parameters=rest)  # type: ignore[attr-defined]
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", call)
+    with pytest.raises(ValueError, match=rf"^{name} must not be set for model .*StableDiffusionPipeline\)"):
+        build(**{name: value})
+
+
 def test_each_caption_is_encoded_once(build: Callable[..., DiffusionGenerator]) -> None:
     generator = build()
     rows: list[int] = []
@@ -230,17 +306,30 @@ def test_an_image_that_is_not_finite_fails_its_caption_alone(
     assert failures == [None, "non_finite", None, None, None]
 
 
-def test_an_image_that_the_safety_checker_flags_fails_its_caption(
-    build: Callable[..., DiffusionGenerator], monkeypatch: pytest.MonkeyPatch
+def test_infinite_pixels_fail_their_caption_though_the_pipeline_clamps_them(
+    build: Callable[..., DiffusionGenerator],
 ) -> None:
     generator = build()
-    monkeypatch.setattr(
-        generator.pipeline,
-        "run_safety_checker",
-        lambda image, device, dtype: (image, [False, True, False, False]),
-    )
+
+    def overflow(_: Any, __: Any, decoded: torch.Tensor) -> torch.Tensor:
+        decoded[1, :, :4] = float("inf")
+        return decoded
+
+    generator.pipeline.vae.decoder.register_forward_hook(overflow)
     failures = [result.failure for result in generator.generate(ask(TEXTS[:4], 2), seed=0)]
-    assert failures == ["safety_checker", None, "safety_checker", None]
+    assert failures == ["non_finite", None, "non_finite", None]
+
+
+@pytest.mark.parametrize("threshold", [-2.0, 2.0])
+def test_an_image_that_the_models_own_safety_checker_flags_fails_its_caption(
+    tiny_pipeline: Path, tmp_path: Path, threshold: float
+) -> None:
+    """The similarity to each unwanted concept is in [-1, 1]: all images are flagged, or none."""
+    save_with_safety_checker(tiny_pipeline, tmp_path / "model", threshold)
+    config = GeneratorConfig(str(tmp_path / "model"), num_inference_steps=2, device="cpu")
+    generator = DiffusionGenerator(config, find_model(config), 4)
+    failures = {result.failure for result in generator.generate(ask(TEXTS[:2], 2), seed=0)}
+    assert failures == ({"safety_checker"} if threshold < 0 else {None})
 
 
 def test_truncated_captions_are_counted(build: Callable[..., DiffusionGenerator]) -> None:
@@ -277,12 +366,27 @@ def test_a_pipeline_of_an_unknown_family_is_prompted_with_text(
     build: Callable[..., DiffusionGenerator],
 ) -> None:
     generator = build()
-    known = by_seed(list(generator.generate(ask(TEXTS[:2], 2), seed=0)))
+    known = by_seed(list(generator.generate(ask(), seed=0)))
     generator._encodes_once = False
-    first = by_seed(list(generator.generate(ask(TEXTS[:2], 2), seed=0)))
-    assert by_seed(list(generator.generate(ask(TEXTS[:2], 2), seed=0))) == first
-    assert first.keys() == known.keys()
-    assert len(set(first.values())) == 4
+    made = by_seed(list(generator.generate(ask(), seed=0)))
+    assert made.keys() == known.keys()
+    for seed, pixels in made.items():  # the noise is that of `data_gen.noise` there too
+        difference = np.frombuffer(pixels, np.uint8).astype(int) - np.frombuffer(known[seed], np.uint8)
+        assert np.abs(difference).max() <= 1
+    alone = by_seed(list(generator.generate(ask(TEXTS[2:3]), seed=0)))
+    assert alone == {seed: made[seed] for seed in alone}
+
+
+def test_noise_that_is_not_one_row_an_image_is_refused(build: Callable[..., DiffusionGenerator]) -> None:
+    from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion as module
+
+    original = module.randn_tensor
+    with keyed_noise(build().pipeline, ["0" * 32, "1" * 32]):
+        first, second = (module.randn_tensor((2, 4, 8, 8)) for _ in range(2))
+        assert not torch.equal(first, second)
+        with pytest.raises(ValueError, match=r"draws noise of shape \[3, 4, 8, 8\] for 2 images"):
+            module.randn_tensor((3, 4, 8, 8))
+    assert module.randn_tensor is original
 
 
 @pytest.mark.parametrize("part", ["unet/diffusion_pytorch_model.safetensors", "vae/config.json"])
@@ -363,12 +467,66 @@ def test_a_device_that_holds_no_image_at_all_is_named(build: Callable[..., Diffu
         list(generator.generate(ask(), seed=0))
 
 
+@pytest.mark.parametrize("part", ["captions", "model"])
+def test_too_little_memory_for_a_part_is_the_places_fault_not_the_captions(
+    build: Callable[..., DiffusionGenerator], monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    def run_out(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    generator = build()
+    monkeypatch.setattr(StableDiffusionPipeline, "to" if part == "model" else "encode_prompt", run_out)
+    with pytest.raises(OSError, match=rf"has too little memory for .*{part}.* \(CUDA out of memory\)"):
+        list((build() if part == "model" else generator).generate(ask(), seed=0))
+
+
 def test_another_error_is_not_taken_for_a_lack_of_memory(build: Callable[..., DiffusionGenerator]) -> None:
     generator = build()
     generator.pipeline = SmallMemory(generator.pipeline, 0, RuntimeError("mat1 and mat2 do not fit"))
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         list(generator.generate(ask(), seed=0))
     assert generator.num_images_per_batch == 4
+
+
+@pytest.mark.gpu
+def test_a_batch_that_a_gpu_cannot_hold_is_halved(build: Callable[..., DiffusionGenerator]) -> None:
+    generator = build(device="cuda", num_images_per_batch=64, height=512, width=512)
+    before = torch.cuda.memory_allocated()
+    list(generator.generate(ask(TEXTS[:1], 2), seed=0))
+    needed = torch.cuda.max_memory_allocated() - before
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((before + 0.6 * needed) / total)
+    try:
+        made = list(generator.generate(ask(), seed=0))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert [result.failure for result in made] == [None] * 5
+    assert generator.num_images_per_batch < 64
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_noise_is_that_of_the_image_on_every_device(
+    build: Callable[..., DiffusionGenerator], device: str
+) -> None:
+    here = by_seed(list(build(device=device).generate(ask(TEXTS[:2]), seed=0)))
+    on_cpu = by_seed(list(build().generate(ask(TEXTS[:2]), seed=0)))
+    for seed, pixels in here.items():
+        difference = np.frombuffer(pixels, np.uint8).astype(int) - np.frombuffer(on_cpu[seed], np.uint8)
+        assert np.abs(difference).max() <= 2
+
+
+@pytest.mark.parametrize(
+    "change", [{"compile": True}, {"int8": True}, {"channels_last": True}, {"dtype": "bfloat16"}]
+)
+def test_each_option_that_rounds_otherwise_has_a_fingerprint_of_its_own(change: dict[str, Any]) -> None:
+    plain, other = (describe_machine(GeneratorConfig(**c), "cpu", 1, 4) for c in ({}, change))
+    assert fingerprint_id(plain) != fingerprint_id(other)
+
+
+def test_the_fingerprint_names_the_processor() -> None:
+    assert len(str(describe_machine(GeneratorConfig(), "cpu", 1, 4)["device"])) > len("cpu ")
 
 
 def test_the_fingerprint_is_known_without_the_model(build: Callable[..., DiffusionGenerator]) -> None:

@@ -122,7 +122,12 @@ def test_an_int8_image_is_the_same_whatever_the_batch_mates(
 def test_options_add_up(build: Callable[..., DiffusionGenerator], eager_compiler: None) -> None:
     every = build(int8=True, channels_last=True, compile=True, dtype="bfloat16", guidance_scale=[2.0, 3.0])
     some = build(dtype="bfloat16", guidance_scale=[2.0, 3.0])
-    assert np.abs(images_of(every).astype(int) - images_of(some)).mean() < 3
+    assert 0 < np.abs(images_of(every).astype(int) - images_of(some)).mean() < 3
+    compiled = [module for module in every.pipeline.unet.modules() if module._compiled_call_impl is not None]
+    weights = [linear.weight for linear in compiled[0].modules() if isinstance(linear, torch.nn.Linear)]
+    assert weights
+    assert all(hasattr(weight, "dequantize") and weight.dtype == torch.bfloat16 for weight in weights)
+    assert all(type(weight.data) is not torch.Tensor for weight in weights)
 
 
 def test_a_tiny_vae_decodes_in_the_place_of_the_models_own(
@@ -149,6 +154,17 @@ def test_a_tiny_vae_decodes_in_the_place_of_the_models_own(
         expected = (vae.decode(torch.cat(latents)).sample / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255
     assert np.abs(made.reshape(12, 16, 16, 3) - expected.numpy()).max() < 1.0
     assert np.abs(made.astype(int) - plain).mean() > 3
+
+
+def test_a_scheduler_for_a_model_of_another_process_is_refused(tiny_pipeline: Path, tmp_path: Path) -> None:
+    from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+
+    pipeline: Any = DiffusionPipeline.from_pretrained(tiny_pipeline)
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler()
+    pipeline.save_pretrained(tmp_path)
+    config = GeneratorConfig(str(tmp_path), scheduler="euler", device="cpu")
+    with pytest.raises(ValueError, match=r"scheduler must be None for model .*, got euler: .*FlowMatchEuler"):
+        load_pipeline(config, find_model(config))
 
 
 @pytest.mark.parametrize("option", ["int8", "channels_last", "compile"])
