@@ -9,6 +9,7 @@ of the header that are not ours, the text below `REMARKS_LINE`, and the facts of
 """
 
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -24,7 +25,8 @@ from data_gen.croissant import (
     build_checksums,
     build_croissant,
 )
-from data_gen.shards import MANIFEST_NAME, DatasetManifest, Shard, to_json
+from data_gen.fidelity import FIDELITY_NAME, read_fidelity
+from data_gen.shards import MANIFEST_NAME, DatasetManifest, Shard, read_failures, to_json
 from data_gen.storage import Store
 
 CARD_NAME = "README.md"
@@ -32,6 +34,7 @@ REMARKS_LINE = "<!-- What stands below this line is kept when the card is writte
 NO_LICENSE = "unknown"
 """The hub's word for a dataset of which nobody has stated a licence."""
 
+_HEADER = re.compile(r"---[ \t]*\n(.*?)^---[ \t]*$", re.DOTALL | re.MULTILINE)
 _NUM_READING_THREADS = 16
 _MAX_VALUE_CHARACTERS = 300
 _MAX_ROWS_PER_LIST = 10
@@ -55,7 +58,7 @@ _SAMPLE_COLUMNS = {
 
 
 def write_card(store: Store, manifest: DatasetManifest, shards: list[Shard]) -> None:
-    """Writes README.md, croissant.json and SHA256SUMS beside the shards.
+    """Writes README.md, croissant.json and, as the mark that both are up to date, SHA256SUMS.
 
     Args:
         store: The dataset's folder.
@@ -69,39 +72,45 @@ def write_card(store: Store, manifest: DatasetManifest, shards: list[Shard]) -> 
     if header.get("license", NO_LICENSE) != NO_LICENSE:
         stated["license"] = header["license"]
     croissant = build_croissant(store.name, manifest, shards, checksums, failures, stated)
-    store.replace(CHECKSUMS_NAME, checksums)
     store.replace(CROISSANT_NAME, (json.dumps(croissant, indent=2, ensure_ascii=False) + "\n").encode())
-    store.replace(CARD_NAME, build_card(store.name, manifest, shards, failures, header, remarks).encode())
+    fidelity = read_fidelity(store, manifest)
+    card = build_card(store.name, manifest, shards, failures, header, remarks, fidelity)
+    store.replace(CARD_NAME, card.encode())
+    store.replace(CHECKSUMS_NAME, checksums)
 
 
 def count_failures(shards: list[Shard]) -> dict[str, int]:
-    """Captions without images by reason, the most frequent first, from the completion markers."""
+    """Captions without images by reason, the most frequent first, from the completion markers.
+
+    Raises:
+        ShardError: A marker does not tell.
+    """
     with_failures = [shard for shard in shards if shard.num_failed]
     if not with_failures:
         return {}
     counts: Counter[str] = Counter()
     with ThreadPoolExecutor(1 if with_failures[0].store.is_local else _NUM_READING_THREADS) as executor:
-        for content in executor.map(lambda shard: shard.store.read(shard.marker_name), with_failures):
-            counts.update(json.loads(content)["failures_by_reason"])
+        for failures in executor.map(read_failures, with_failures):
+            counts.update(failures)
     return dict(counts.most_common())
 
 
 def read_statements(store: Store) -> tuple[dict[str, Any], str]:
     """What a person has put into the card that is there: its header, and the text below `REMARKS_LINE`."""
     try:
-        text = store.read(CARD_NAME).decode(errors="replace")
+        text = store.read(CARD_NAME).decode("utf-8-sig", errors="replace")
     except FileNotFoundError:
         return {}, ""
+    text = text.replace("\r\n", "\n")
     _, _, remarks = text.partition(f"{REMARKS_LINE}\n")
     try:
-        header = yaml.safe_load(text.split("---\n", 2)[1]) if text.startswith("---\n") else {}
-    except (yaml.YAMLError, IndexError) as error:
+        header = _parse_header(text)
+    except (yaml.YAMLError, ValueError) as error:
         print(
             f"{store.name_of(CARD_NAME)}: its header is not kept, it cannot be read: {error}", file=sys.stderr
         )
         header = {}
-    stated = header.items() if isinstance(header, dict) else ()
-    return {key: value for key, value in stated if value is not None}, remarks
+    return {key: value for key, value in header.items() if value is not None}, remarks
 
 
 def build_card(
@@ -111,6 +120,7 @@ def build_card(
     failures_by_reason: Mapping[str, int],
     stated_header: Mapping[str, Any],
     remarks: str = "",
+    fidelity: Mapping[str, Any] | None = None,
 ) -> str:
     """The dataset card: a YAML header for the Hugging Face hub, then the plan in words.
 
@@ -121,6 +131,7 @@ def build_card(
         failures_by_reason: Captions without images, by reason.
         stated_header: Header of an earlier card; its licence and the keys that are not ours are taken over.
         remarks: Text of a person, taken over.
+        fidelity: The report of `data_gen.fidelity`; None where there is none.
     """
     num_images = sum(shard.num_images for shard in shards)
     num_captions = sum(shard.num_samples for shard in shards)
@@ -134,13 +145,14 @@ def build_card(
 {_describe_counts(manifest, shards, failures_by_reason)}
 {_describe_loading(manifest)}
 ## Check and look
-- `sha256sum -c {CHECKSUMS_NAME}` compares every file with its digest; `stablerep verify --dataset DIR` names
-  the shards that are damaged or missing, and with `--deep` decodes every image.
+- `sha256sum -c {CHECKSUMS_NAME}` compares the plan, the planned captions and the shards with their digests;
+  `stablerep verify --dataset DIR` names the shards that are damaged or missing, and with `--deep` decodes
+  every image.
 - `stablerep browse --dataset DIR --output PAGES` makes pages with the captions and their images.
 - `stablerep export-dataset --dataset DIR --output DIR2 --layout flat` writes one sample an image, in the
   layout of img2dataset, which open_clip trains on.
 
-{describe_provenance(manifest)}
+{describe_provenance(manifest)}{_describe_fidelity(fidelity)}
 {describe_license(str(stated_header.get("license", NO_LICENSE)))}
 {REMARKS_LINE}
 {remarks}"""
@@ -228,6 +240,19 @@ The licences of the generator and of the captions apply to what was made with th
 """
 
 
+def _parse_header(text: str) -> dict[str, Any]:
+    """What stands between the first line and the next that is `---` and nothing else."""
+    if text.partition("\n")[0].rstrip() != "---":
+        return {}
+    match = _HEADER.match(text)
+    if match is None:
+        raise ValueError("no second line of dashes ends it")
+    header = yaml.safe_load(match[1]) or {}
+    if not isinstance(header, dict):
+        raise ValueError(f"expected keys with values, got {type(header).__name__}")
+    return header
+
+
 def _read_stated_facts(store: Store) -> dict[str, Any]:
     """The facts in the croissant.json that is there, without the citation that this package wrote."""
     try:
@@ -264,6 +289,25 @@ def _describe_counts(
     }
     lines = "\n".join(f"| {_escape(name)} | {value} |" for name, value in rows.items())
     return f"| what | how many |\n|---|---|\n{lines}\n"
+
+
+def _describe_fidelity(fidelity: Mapping[str, Any] | None) -> str:
+    """How near the images are to those of full precision."""
+    if fidelity is None:
+        return ""
+    if "unmeasured" in fidelity:
+        return f"Against full precision they are not measured: {_code(fidelity['unmeasured'])}.\n"
+    units = {"psnr": " dB", "ssim": ""}
+    means = [
+        f"a mean {name.upper()} of {fidelity[f'{name}_mean']:.4g}{unit}"
+        for name, unit in units.items()
+        if fidelity[f"{name}_mean"] is not None
+    ]
+    equal = f", {fidelity['num_equal']} of them equal bit for bit" if fidelity["num_equal"] else ""
+    return (
+        f"Against full precision, {fidelity['num_images']} of the images have\n"
+        f"{' and '.join(means) or 'no figures'}{equal}; `{FIDELITY_NAME}` has more.\n"
+    )
 
 
 def _describe_loading(manifest: DatasetManifest) -> str:

@@ -3,7 +3,9 @@
 The shards are described as sets of files, not one by one: a document that names every tar and parquet of
 400,000 shards would have 300 MB, of which a reader parses each byte before it yields a record. What a list of
 files would give, their digests, is in `SHA256SUMS`, which `sha256sum -c` reads; the digest of that file is in
-the document, so that one number still stands for every byte.
+the document, so that one number stands for the plan, the planned captions and the shards. Completion markers,
+`fingerprints/` and `fidelity.json` are not listed: they tell of seconds and machines, and equal shards are to
+have equal sums.
 
 The images table can be read through mlcroissant. The images themselves cannot: mlcroissant 1.1 opens only
 archives that are named one by one, and keeps what it extracts under a hash of the relative name, so that it
@@ -160,7 +162,7 @@ def _build_distribution(manifest: DatasetManifest, checksums: bytes) -> list[dic
             "@type": "cr:FileObject",
             "@id": CHECKSUMS_NAME,
             "name": CHECKSUMS_NAME,
-            "description": "sha256 of every file of the dataset",
+            "description": "sha256 of the plan, the planned captions and the shards",
             "contentUrl": CHECKSUMS_NAME,
             "contentSize": f"{len(checksums)} B",
             "encodingFormat": "text/plain",

@@ -94,7 +94,7 @@ def read_status(plan: Plan, work_folder: WorkFolder, finished: set[str] | None =
 
 
 def list_finished(plan: Plan) -> set[str]:
-    """Names of the planned shards that have a completion marker."""
+    """Names of the planned shards that have a completion marker, whatever is in it: one listing alone."""
     markers = {name for name in plan.store.list() if name.endswith("_stats.json")}
     return {name for name in plan.shard_names if f"{name}_stats.json" in markers}
 
@@ -185,6 +185,7 @@ def _show_live(watch: _Watch, done: threading.Event) -> None:
 def _build_view(status: JobStatus) -> Any:
     """A bar for the job and a row for each worker."""
     from rich.console import Group
+    from rich.padding import Padding
     from rich.progress_bar import ProgressBar
     from rich.table import Table
     from rich.text import Text
@@ -205,4 +206,4 @@ def _build_view(status: JobStatus) -> Any:
             str(sum(worker["failures_by_reason"].values())),
         )
     bar = ProgressBar(total=max(1, status.num_images), completed=status.num_images_ready)
-    return Group(Text(describe(status)), bar, table)
+    return Group(Text(describe(status)), Padding(bar), table)  # a bar does not end its line

@@ -288,6 +288,22 @@ def read_stats(store: Store, name: str) -> dict[str, Any] | None:
     return _parse_json_object(content, store.name_of(f"{name}_stats.json"))
 
 
+def read_failures(shard: Shard) -> dict[str, int]:
+    """The captions of a shard that have no images, by reason, from its completion marker.
+
+    Raises:
+        ShardError: The marker does not tell, or is gone.
+    """
+    if not shard.num_failed:
+        return {}
+    try:
+        failures = (read_stats(shard.store, shard.name) or {})["failures_by_reason"]
+        return {str(reason): int(count) for reason, count in failures.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        where = shard.store.name_of(shard.marker_name)
+        raise ShardError(f"{where}: not a completion marker ({type(error).__name__}: {error})") from error
+
+
 def list_complete_shards(root: str | Path | Store) -> list[Shard]:
     """Every shard of the dataset that has its completion marker, by index.
 

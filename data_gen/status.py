@@ -2,17 +2,33 @@
 
 import json
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+from data_gen.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_UNFINISHED
 from data_gen.plan import Plan
 from data_gen.progress import describe, list_finished, read_status
-from data_gen.shards import map_shards, read_stats
+from data_gen.shards import Shard, ShardError, map_shards, read_failures, read_shard
 from data_gen.storage import Store
 from data_gen.work_folder import Worker, WorkFolder
-from data_gen.worker import EXIT_DONE, EXIT_UNFINISHED
 
-EXIT_FAILED = 1
+
+@dataclass(frozen=True)
+class _Found:
+    """What the completion marker of a shard says.
+
+    Args:
+        name: The shard.
+        shard: As the marker describes it; None where there is none, or one that does not count.
+        failures_by_reason: Its captions without images.
+        problem: Why the marker does not count.
+    """
+
+    name: str
+    shard: Shard | None = None
+    failures_by_reason: Mapping[str, int] = field(default_factory=dict)
+    problem: str | None = None
 
 
 @dataclass(frozen=True)
@@ -35,7 +51,7 @@ def run(config: StatusConfig) -> int:
 
     Returns:
         0 if every caption is written, 1 if all is done but captions failed or shards are set aside, 75 if it
-        is not finished.
+        is not finished, or a completion marker is damaged or of another plan.
 
     Raises:
         FileNotFoundError: There is no such dataset.
@@ -50,29 +66,34 @@ def run(config: StatusConfig) -> int:
 
 
 def build_status(plan: Plan, lease_seconds: float) -> dict[str, Any]:
-    """The status as plain JSON: counts from every marker, and the living workers' reports."""
+    """The status as plain JSON: counts from every marker, and the living workers' reports.
+
+    A shard whose marker is damaged, or of another plan, is not finished; `damaged` says why.
+    """
     work_folder = WorkFolder(plan.store, Worker.of_this_process(), lease_seconds)
-    finished = list_finished(plan)
+    listed = list_finished(plan)
+    found = list(map_shards(lambda index: _read_marker(plan, index, listed), plan.store, plan.manifest))
+    shards = [shard for marker in found if (shard := marker.shard) is not None]
+    finished = {shard.name for shard in shards}
     status = read_status(plan, work_folder, finished)
-    found = map_shards(lambda index: _read_finished(plan, index, finished), plan.store, plan.manifest)
-    markers = [stats for stats in found if stats is not None]
     failures: Counter[str] = Counter()
-    for marker in markers:
-        failures.update(marker["failures_by_reason"])
+    for marker in found:
+        failures.update(marker.failures_by_reason)
     return {
         "dataset": plan.store.url,
         "settings_hash": plan.manifest.settings_hash,
-        "is_finished": len(finished | status.set_aside.keys()) == plan.manifest.num_shards,
+        "is_finished": finished | status.set_aside.keys() >= set(plan.shard_names),
         "num_shards": status.num_shards,
         "num_shards_finished": status.num_shards_finished,
         "shards_set_aside": status.set_aside,
+        "damaged": {marker.name: marker.problem for marker in found if marker.problem is not None},
         "num_captions": plan.manifest.num_captions,
-        "num_captions_written": sum(marker["num_written"] for marker in markers),
-        "num_captions_failed": sum(marker["num_failed"] for marker in markers),
+        "num_captions_written": sum(shard.num_samples for shard in shards),
+        "num_captions_failed": sum(shard.num_failed for shard in shards),
         "failures_by_reason": dict(failures),
         "num_images": status.num_images,
         "num_images_ready": status.num_images_ready,
-        "num_bytes": sum(marker["tar"]["num_bytes"] for marker in markers),
+        "num_bytes": sum(shard.num_bytes for shard in shards),
         "images_per_second": status.images_per_second,
         "seconds_left": status.seconds_left,
         "workers": status.workers,
@@ -80,9 +101,13 @@ def build_status(plan: Plan, lease_seconds: float) -> dict[str, Any]:
     }
 
 
-def _read_finished(plan: Plan, index: int, finished: set[str]) -> dict[str, Any] | None:
+def _read_marker(plan: Plan, index: int, listed: set[str]) -> _Found:
     name = plan.manifest.shard_name(index)
-    return read_stats(plan.store, name) if name in finished else None
+    try:
+        shard = read_shard(plan.store, plan.manifest, index) if name in listed else None
+        return _Found(name) if shard is None else _Found(name, shard, read_failures(shard))
+    except ShardError as error:
+        return _Found(name, problem=str(error))
 
 
 def _to_text(status: dict[str, Any]) -> str:
@@ -95,6 +120,7 @@ def _to_text(status: dict[str, Any]) -> str:
     ]
     lines += [f"  failed    {reason}: {count}" for reason, count in status["failures_by_reason"].items()]
     lines += [f"  set aside {name}: {reason}" for name, reason in status["shards_set_aside"].items()]
+    lines += [f"  damaged   {problem}" for problem in status["damaged"].values()]
     for worker in status["workers"]:
         doing = f"shard {worker['shard']}" if worker["shard"] else "between shards"
         lines.append(

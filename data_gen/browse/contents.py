@@ -183,14 +183,17 @@ def _is_shown(kind: pa.DataType) -> bool:
 
 
 def _simplify(value: Any) -> Value:
-    """What JSON and JavaScript hold: a truth value or huge integer becomes a word, NaN and infinity None."""
+    """What JSON and JavaScript hold: a truth value or huge integer becomes a word, NaN and infinity None.
+
+    An empty text is what a table has where a value is missing, so it becomes None too.
+    """
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int):
         return value if abs(value) <= _MAX_EXACT_INTEGER else str(value)
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    return None if value is None else str(value)
+    return None if value in (None, "") else str(value)
 
 
 def _read_failures(shard: Shard) -> tuple[FailureRow, ...]:

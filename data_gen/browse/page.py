@@ -126,7 +126,7 @@ def _describe_for_scripts(overview: Overview, manifest: DatasetManifest, build_n
         "captionsPerFolder": MAX_FILES_PER_FOLDER,
         "originalsPerFolder": overview.pictures.num_originals_per_folder,
         "hasOriginals": overview.pictures.has_originals,
-        "tarFolder": shlex.quote(overview.store.url) if overview.store.is_local else None,
+        "tarFolder": _quote_folder(overview.store) if overview.store.is_local else None,
         "shards": list(overview.first_positions.items()),
         "columns": [
             {
@@ -138,6 +138,11 @@ def _describe_for_scripts(overview: Overview, manifest: DatasetManifest, build_n
             for column in overview.columns
         ],
     }
+
+
+def _quote_folder(store: Store) -> str:
+    """The folder for a shell, wherever that is."""
+    return shlex.quote(str(store.local_path.resolve()))
 
 
 def _find_model(settings: Mapping[str, Any]) -> str | None:

@@ -100,6 +100,7 @@ def write_dataset(
     failures: Mapping[str, str] | None = None,
     extras: Mapping[str, Mapping[str, Any]] | None = None,
     size: tuple[int, int] = (16, 16),
+    images: Mapping[str, Sequence[bytes]] | None = None,
     **changes: Any,
 ) -> DatasetManifest:
     """Writes a finished dataset.
@@ -111,6 +112,7 @@ def write_dataset(
         failures: Caption → reason, for those without images.
         extras: Caption → values of its extra columns.
         size: Width and height of the images.
+        images: Caption → its images; None draws plain ones.
         changes: Of the manifest.
     """
     failures, extras = failures or {}, extras or {}
@@ -125,8 +127,10 @@ def write_dataset(
                 if caption in failures:
                     writer.fail(caption_id(caption), caption, failures[caption])
                     continue
-                images = draw_images(caption, manifest.num_images_per_caption, size)
-                writer.write(build_sample(caption, images, size, extras.get(caption, {})))
+                drawn = (
+                    images[caption] if images else draw_images(caption, manifest.num_images_per_caption, size)
+                )
+                writer.write(build_sample(caption, drawn, size, extras.get(caption, {})))
             writer.publish(num_planned=len(planned), seconds=1.0)
     return manifest
 

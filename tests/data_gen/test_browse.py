@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,14 @@ def read_rows(pages: Path, kind: str) -> list[Any]:
         assert int(match[1]) == int(path.parent.name)
         rows += json.loads(match[2])
     return rows
+
+
+def read_dataset(pages: Path) -> dict[str, Any]:
+    """What the page tells its scripts."""
+    page = (pages / "index.html").read_text("utf-8")
+    [text] = re.findall(r'<script type="application/json" id="dataset">(.*?)</script>', page, re.DOTALL)
+    dataset: dict[str, Any] = json.loads(text)
+    return dataset
 
 
 # What is written
@@ -149,7 +158,53 @@ def test_pages_ask_for_nothing_from_elsewhere(pages: Path) -> None:
         assert re.findall(r"https?:|//\w|@import|url\(|fetch\(|innerHTML|eval\(", source) == []
 
 
+@pytest.mark.parametrize("form", ["absolute", "relative", "file://"])
+def test_the_command_that_extracts_a_caption_works_wherever_it_is_run(
+    tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "it's a dataset"
+    write_dataset(root, ["a caption"], 1)
+    monkeypatch.chdir(tmp_path)
+    url = {"absolute": str(root), "relative": root.name, "file://": f"file://{root}"}[form]
+    assert run(BrowseConfig(url, str(tmp_path / "pages"))) == 0
+    folder = read_dataset(tmp_path / "pages")["tarFolder"]
+    (tmp_path / "elsewhere").mkdir()
+    names = subprocess.run(
+        f"tar -tf {folder}/00000.tar",
+        shell=True,
+        cwd=tmp_path / "elsewhere",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert names.stdout.splitlines()[0].endswith(".json")
+
+
+def test_a_dataset_that_is_not_on_a_disk_has_no_command(tmp_path: Path) -> None:
+    store = Store("memory://browse/remote")
+    write_dataset(tmp_path / "dataset", ["a caption"], 1)
+    for path in (tmp_path / "dataset").iterdir():
+        store.replace(path.name, path)
+    assert run(BrowseConfig(store.url, str(tmp_path / "pages"))) == 0
+    assert read_dataset(tmp_path / "pages")["tarFolder"] is None
+
+
 # Columns
+
+
+def test_an_empty_label_is_a_missing_one(tmp_path: Path) -> None:
+    extras: dict[str, dict[str, Any]] = {
+        "one": {"label": ""},
+        "two": {"label": "x"},
+        "three": {"label": None},
+    }
+    write_dataset(tmp_path / "dataset", list(extras), 3, extras=extras, extra_columns={"label": "string"})
+    assert run(BrowseConfig(str(tmp_path / "dataset"), str(tmp_path / "pages"))) == 0
+    column = next(entry for entry in read_dataset(tmp_path / "pages")["columns"] if entry["name"] == "label")
+    assert read_rows(tmp_path / "pages", f"column{column['number']}") == [None, "x", None]
+    page = (tmp_path / "pages/index.html").read_text("utf-8")
+    [choice] = re.findall(r'<select name="is.label">(.*?)</select>', page, re.DOTALL)
+    assert re.findall(r'<option value="(.*?)">(.*?)</option>', choice) == [("", "any"), ("x", "x (1)")]
 
 
 def summarise(rows_of_values: list[dict[str, tuple[Any, ...]]], folder: Path) -> dict[str, ColumnSummary]:

@@ -4,12 +4,14 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from data_gen.browse import BrowseConfig, run
 from data_gen.browse.page import SCRIPT_NAMES
@@ -17,6 +19,7 @@ from data_gen.shards import list_complete_shards, read_samples
 from tests.data_gen.browse_datasets import (
     HOSTILE,
     NUM_IMAGES,
+    encode_jpeg,
     read_images,
     write_dataset,
     write_mixed_dataset,
@@ -112,6 +115,96 @@ def show(pages: Path, tmp_path: Path) -> Show:
         return elements
 
     return open_at
+
+
+@pytest.fixture
+def photograph(tmp_path: Path) -> Callable[[Path, dict[str, str]], Any]:
+    """What a person sees of the pages at a hash, as an array [height, width, 3]."""
+
+    def photograph_at(folder: Path, hash_: dict[str, str]) -> Any:
+        url = f"{(folder / 'index.html').resolve().as_uri()}#{urlencode(hash_)}"
+        options = [f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={tmp_path / 'screen.png'}"]
+        command = [CHROMIUM or "", *FLAGS, *options, "--window-size=1280,2400", url]
+        done = subprocess.run(command, capture_output=True, timeout=120)
+        assert done.returncode == 0, done.stderr.decode(errors="replace")
+        with Image.open(tmp_path / "screen.png") as picture:
+            return np.asarray(picture.convert("RGB")).astype(int)
+
+    return photograph_at
+
+
+NUM_COLOURED = 20
+"""Images of a caption: more than a row of its sheet."""
+COLOURS = [
+    (red, green, blue)
+    for red in (20, 90, 160, 230)
+    for green in (20, 90, 160, 230)
+    for blue in (20, 90, 160, 230)
+    if not red == green == blue
+][: 2 * NUM_COLOURED]
+
+
+@pytest.fixture(scope="module")
+def coloured_pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pages of two captions, no two of whose images are of one colour."""
+    folder = tmp_path_factory.mktemp("coloured")
+    images = {
+        caption: [
+            encode_jpeg(np.full((48, 64, 3), colour, np.uint8))
+            for colour in COLOURS[first : first + NUM_COLOURED]
+        ]
+        for caption, first in (("one", 0), ("two", NUM_COLOURED))
+    }
+    write_dataset(
+        folder / "dataset", list(images), 1, size=(64, 48), images=images, num_images_per_caption=NUM_COLOURED
+    )
+    assert run(BrowseConfig(str(folder / "dataset"), str(folder / "pages"))) == 0
+    return folder / "pages"
+
+
+def find_places(screen: Any, colours: list[tuple[int, int, int]]) -> list[tuple[float, float]]:
+    """Row and column of the middle of each colour's cell; cells must be plain, 4:3 and equally large."""
+    places: list[tuple[float, float]] = []
+    sizes: list[tuple[float, float]] = []
+    for colour in colours:
+        rows, columns = np.nonzero(np.abs(screen - colour).max(axis=2) <= 15)
+        assert rows.size > 1000, f"{colour} is nowhere to be seen"
+        top, bottom = np.quantile(rows, [0.01, 0.99])
+        left, right = np.quantile(columns, [0.01, 0.99])
+        area = (bottom - top) * (right - left)
+        assert rows.size == pytest.approx(area, rel=0.15), f"{colour} is not one plain cell"
+        places.append(((top + bottom) / 2, (left + right) / 2))
+        sizes.append((bottom - top, right - left))
+    heights, widths = np.array(sizes).T
+    np.testing.assert_allclose(widths, widths.mean(), atol=6)
+    np.testing.assert_allclose(heights, 0.75 * widths.mean(), atol=6)
+    return places
+
+
+def are_in_reading_order(places: list[tuple[float, float]]) -> bool:
+    """Whether each is right of the one before, or in a lower row."""
+    return all(
+        column > last_column if abs(row - last_row) < 10 else row > last_row
+        for (last_row, last_column), (row, column) in pairwise(places)
+    )
+
+
+def test_a_person_sees_every_image_in_its_place_on_the_cards(
+    coloured_pages: Path, photograph: Callable[[Path, dict[str, str]], Any]
+) -> None:
+    shown = [*COLOURS[:16], *COLOURS[NUM_COLOURED : NUM_COLOURED + 16]]  # a card has no more
+    places = find_places(photograph(coloured_pages, {}), shown)
+    assert are_in_reading_order(places)
+
+
+@pytest.mark.parametrize("caption", [0, 1])
+def test_a_person_sees_every_image_of_a_caption_enlarged(
+    coloured_pages: Path, caption: int, photograph: Callable[[Path, dict[str, str]], Any]
+) -> None:
+    screen = photograph(coloured_pages, {"at": f"0000{caption}.0"})
+    first = caption * NUM_COLOURED
+    places = find_places(screen, COLOURS[first : first + NUM_COLOURED])
+    assert are_in_reading_order(places)
 
 
 def test_browser_shows_the_first_page_with_every_image(dataset: Path, show: Show) -> None:

@@ -1,8 +1,9 @@
 """Laws of the dataset card, checked with `datasets` and huggingface_hub; and a dataset to hold them for."""
 
+import dataclasses
 import hashlib
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,16 +16,24 @@ from PIL import Image
 
 from data_gen.captions import caption_id
 from data_gen.card import REMARKS_LINE, build_card, write_card
+from data_gen.generator import DiffusionGenerator
+from data_gen.job import GenerateConfig, run
+from data_gen.repair import RepairConfig
+from data_gen.repair import run as repair
 from data_gen.shard_writer import ShardWriter, write_manifest
 from data_gen.shards import (
     SCHEMA_VERSION,
     DatasetManifest,
     Sample,
     Shard,
+    ShardError,
     hash_settings,
     list_complete_shards,
 )
 from data_gen.storage import Store
+from data_gen.worker import WorkConfig
+from data_gen.worker import run as run_worker
+from tests.data_gen.conftest import CAPTIONS
 
 NUM_IMAGES, NUM_CAPTIONS_PER_SHARD = 2, 6
 
@@ -257,12 +266,119 @@ def test_what_a_person_wrote_is_kept(tmp_path: Path) -> None:
     assert "Nobody has stated a licence" not in card
 
 
-def test_a_header_that_cannot_be_kept_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def state_by_hand(readme: Path) -> None:
+    """What a person does with an editor: a licence, a language, a remark."""
+    card = readme.read_text()
+    assert "license: unknown\n" in card
+    readme.write_text(
+        card.replace("license: unknown\n", "license: cc-by-4.0\nlanguage:\n- de\n") + "A remark.\n"
+    )
+
+
+def assert_is_kept(readme: Path) -> None:
+    header = read_header(readme.read_text())
+    assert (header["license"], header["language"]) == ("cc-by-4.0", ["de"])
+    assert readme.read_text().endswith(f"{REMARKS_LINE}\nA remark.\n")
+    assert (readme.parent / "SHA256SUMS").exists()
+
+
+def flip_a_bit(root: Path) -> None:
+    content = bytearray((root / "00001.tar").read_bytes())
+    content[len(content) // 2] ^= 1
+    (root / "00001.tar").write_bytes(content)
+    assert repair(RepairConfig(str(root))) == 75
+
+
+@pytest.mark.parametrize(
+    ("disturb", "changes"),
+    [
+        (lambda root: None, {"num_images_per_caption": 5, "extend": True}),
+        (lambda root: (root / "00001_stats.json").unlink(), {}),
+        (flip_a_bit, {}),
+    ],
+    ids=["extended", "a missing shard", "repaired"],
+)
+def test_a_job_that_goes_on_keeps_what_a_person_wrote(
+    make_config: Callable[..., GenerateConfig],
+    dataset_copy: Path,
+    disturb: Callable[[Path], None],
+    changes: dict[str, Any],
+) -> None:
+    state_by_hand(dataset_copy / "README.md")
+    disturb(dataset_copy)
+    assert run(make_config(**changes)) == 0
+    assert_is_kept(dataset_copy / "README.md")
+    assert (
+        f"{changes.get('num_images_per_caption', 3)} images a caption"
+        in (dataset_copy / "README.md").read_text()
+    )
+
+
+def test_a_job_that_tries_failed_captions_again_keeps_what_a_person_wrote(
+    make_config: Callable[..., GenerateConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config()
+    run_batch = DiffusionGenerator._run
+
+    def flag_the_first(self: DiffusionGenerator, jobs: Any) -> Any:
+        images, _ = run_batch(self, jobs)
+        return images, ["safety_checker" if job.request.text == CAPTIONS[0] else None for job in jobs]
+
+    with monkeypatch.context() as context:
+        context.setattr(DiffusionGenerator, "_run", flag_the_first)
+        assert run(config) == 1
+    readme = Path(config.output) / "README.md"
+    assert "| captions without images | 1 |" in readme.read_text()
+    state_by_hand(readme)
+    assert run(dataclasses.replace(config, retry_failed=True)) == 0
+    assert_is_kept(readme)
+    assert "| captions without images | 0 |" in readme.read_text()
+
+
+def test_a_worker_writes_a_card_anew_that_is_out_of_date(dataset_copy: Path, tiny_pipeline: Path) -> None:
+    readme = dataset_copy / "README.md"
+    readme.write_text(readme.read_text().replace("15 images generated", "3 images generated"))
+    state_by_hand(readme)
+    (dataset_copy / "SHA256SUMS").unlink()
+    assert run_worker(WorkConfig(str(dataset_copy), model=str(tiny_pipeline), device="cpu")) == 0
+    assert_is_kept(readme)
+    assert "15 images generated" in readme.read_text()
+
+
+@pytest.mark.parametrize("name", ["dataset", "x---", "--- x"])
+@pytest.mark.parametrize(("newline", "start"), [("\n", ""), ("\r\n", ""), ("\r\n", "\ufeff")])
+def test_a_card_is_read_as_any_editor_saves_it(tmp_path: Path, name: str, newline: str, start: str) -> None:
+    from huggingface_hub import DatasetCard
+
+    dataset = make_dataset(tmp_path / name)
+    write_card_of(dataset)
+    state_by_hand(dataset.path / "README.md")
+    edited = (dataset.path / "README.md").read_text()
+    (dataset.path / "README.md").write_bytes((start + edited.replace("\n", newline)).encode())
+    card = write_card_of(dataset)
+    assert card.endswith(f"{REMARKS_LINE}\nA remark.\n")
+    header = DatasetCard(card).data.to_dict()
+    assert (header["license"], header["language"], header["pretty_name"]) == ("cc-by-4.0", ["de"], name)
+    assert write_card_of(dataset) == card
+
+
+@pytest.mark.parametrize("header", ["license: [\n---\n", "license: mit\n", "- a list\n---\n"])
+def test_a_header_that_cannot_be_kept_is_said(
+    tmp_path: Path, header: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     dataset = make_dataset(tmp_path / "dataset")
     card = write_card_of(dataset)
-    dataset.store.replace("README.md", b"---\nlicense: [\n---\nnothing")
+    dataset.store.replace("README.md", f"---\n{header}nothing".encode())
     assert write_card_of(dataset) == card
     assert "README.md: its header is not kept" in capsys.readouterr().err
+
+
+def test_a_marker_that_does_not_tell_its_failures_is_named(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "dataset", num_failed=1)
+    marker = dataset.path / "00001_stats.json"
+    marker.write_text(marker.read_text().replace("failures_by_reason", "other"))
+    with pytest.raises(ShardError, match="00001_stats.json: not a completion marker"):
+        write_card_of(dataset)
 
 
 def test_a_value_cannot_leave_its_cell(tmp_path: Path) -> None:

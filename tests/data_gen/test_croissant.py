@@ -132,10 +132,12 @@ def test_the_document_says_in_rdf_that_the_images_are_generated(tmp_path: Path) 
     assert conforms == {"http://mlcommons.org/croissant/1.0", "http://mlcommons.org/croissant/RAI/1.0"}
 
 
-def test_one_digest_stands_for_every_byte(tmp_path: Path) -> None:
+def test_one_digest_stands_for_the_plan_the_captions_and_the_shards(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path / "dataset")
-    write_card_of(dataset)
+    card = write_card_of(dataset)
     [checksums] = open_croissant(dataset).metadata.file_objects
+    assert checksums.description == "sha256 of the plan, the planned captions and the shards"
+    assert "`sha256sum -c SHA256SUMS` compares the plan, the planned captions and the shards with" in card
     assert checksums.sha256 == hashlib.sha256(dataset.store.read("SHA256SUMS")).hexdigest()
     command = ["sha256sum", "--check", "--strict", "SHA256SUMS"]
     done = subprocess.run(command, cwd=dataset.path, capture_output=True, text=True, check=True)
