@@ -302,6 +302,7 @@ def build_loop(task: Task) -> Callable[[list[str], Path], Report]:
 def build_ours(side: Side, task: Task) -> Callable[[list[str], Path], Report]:
     """What comes back makes a dataset of one shard with a model that is loaded once."""
     from data_gen import shard_job, worker
+    from data_gen.exit_codes import EXIT_DONE
     from data_gen.job import GenerateConfig
     from data_gen.models import GeneratorConfig
 
@@ -342,7 +343,7 @@ def build_ours(side: Side, task: Task) -> Callable[[list[str], Path], Report]:
         start, start_cpu = time.perf_counter(), time.process_time()
         code = worker.work(plan, config.worker_config(), threading.Event())
         seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
-        if code != worker.EXIT_DONE:
+        if code != EXIT_DONE:
             raise RuntimeError(f"the worker ended with {code}")
         return Report(
             len(captions) * task.num_images_per_caption,

@@ -1,6 +1,8 @@
 """`stablerep generate --dry_run`: the plan, and what it will take, measured on a few of its own captions."""
 
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +13,7 @@ from data_gen.planning import PlannedCaption, read_planned_captions
 from data_gen.progress import format_seconds
 from data_gen.shards import MANIFEST_NAME, list_complete_shards
 from data_gen.storage import Store
+from data_gen.worker import WorkConfig, set_num_threads
 
 if TYPE_CHECKING:
     from data_gen.freeze import Draft
@@ -21,11 +24,20 @@ _NUM_TAR_BYTES_PER_IMAGE = 1024
 """Of headers and padding, beside the image itself."""
 
 
-def print_estimate(config: "GenerateConfig", draft: "Draft", model: ModelFiles, num_workers: int) -> int:
+def print_estimate(
+    config: "GenerateConfig", draft: "Draft", model: ModelFiles, works: Sequence[WorkConfig]
+) -> int:
     """Prints the plan, and the time, bytes and cost of what is left of it.
 
-    The model makes one batch to warm up and two that are timed. Several workers of one machine may take
-    longer than this says, as here one has the machine to itself.
+    The model makes one batch to warm up and two that are timed, on the device and with the threads of the
+    first worker. Several workers of one machine may take longer than this says, as here one has the machine
+    to itself.
+
+    Args:
+        config: The job.
+        draft: Its plan.
+        model: Its model.
+        works: What each worker of this machine is told, or one of a cluster's.
 
     Returns:
         0.
@@ -39,7 +51,11 @@ def print_estimate(config: "GenerateConfig", draft: "Draft", model: ModelFiles, 
         f"{store.url}: {manifest.num_captions:,} captions × {manifest.num_images_per_caption} = "
         f"{num_images:,} images in {manifest.num_shards:,} shards; {num_done:,} of them there already"
     )
-    seconds, num_bytes = _calibrate(config, model, _first_captions(config, draft, store))
+    num_workers = min(_count_workers(config, works), manifest.num_shards)
+    set_num_threads(works[0].num_threads or _count_threads(config))
+    generator = replace(config.generator, device=works[0].device)
+    captions = _first_captions(config, draft, store)
+    seconds, num_bytes = _calibrate(replace(config, generator=generator), model, captions)
     left = max(0, num_images - num_done)
     total_seconds = left * seconds / num_workers
     workers = f"{num_workers} worker{'s' if num_workers > 1 else ''}"
@@ -49,6 +65,23 @@ def print_estimate(config: "GenerateConfig", draft: "Draft", model: ModelFiles, 
         cost = left * seconds / 3600 * config.price_per_hour
         print(f"cost: {cost:,.2f} at {config.price_per_hour:g} an hour and worker")
     return 0
+
+
+def _count_workers(config: "GenerateConfig", works: Sequence[WorkConfig]) -> int:
+    """Workers that run at the same time; one where a Ray cluster is to decide."""
+    if config.engine == "slurm":
+        num_tasks = min(config.slurm.num_tasks, config.slurm.max_running or config.slurm.num_tasks)
+        return num_tasks * max(1, config.slurm.gpus_per_task)
+    if config.engine == "ray":
+        return config.ray.num_workers or 1
+    return len(works)
+
+
+def _count_threads(config: "GenerateConfig") -> int | None:
+    """Threads that a cluster gives a worker which has no number of its own; None is torch's number."""
+    if config.engine == "slurm":
+        return config.slurm.cpus_per_task
+    return max(1, int(config.ray.num_cpus_per_worker)) if config.engine == "ray" else None
 
 
 def _first_captions(config: "GenerateConfig", draft: "Draft", store: Store) -> list[PlannedCaption]:

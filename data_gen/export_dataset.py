@@ -49,6 +49,7 @@ from data_gen.card import (
     extra_dtypes,
     read_statements,
 )
+from data_gen.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_UNFINISHED
 from data_gen.shard_writer import TarWriter
 from data_gen.shards import (
     DatasetManifest,
@@ -63,7 +64,6 @@ from data_gen.shards import (
 )
 from data_gen.storage import Store
 
-EXIT_DONE, EXIT_DAMAGED, EXIT_UNFINISHED = 0, 1, 75  # as those of `stablerep verify`
 EXPORT_NAME = "export.json"
 SIZES_NAME = "sizes.json"
 FLAT_COLUMNS = {
@@ -167,7 +167,7 @@ def run(config: ExportDatasetConfig) -> int:
         f"now; {sum(sizes.values())} images; {counts['damaged']} shards damaged, {counts['unfinished']} not "
         "finished"
     )
-    return EXIT_DAMAGED if counts["damaged"] else EXIT_UNFINISHED if counts["unfinished"] else EXIT_DONE
+    return EXIT_FAILED if counts["damaged"] else EXIT_UNFINISHED if counts["unfinished"] else EXIT_DONE
 
 
 def export_shard(source: Store, output: Store, manifest: DatasetManifest, shard_index: int) -> ExportedShard:

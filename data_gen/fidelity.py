@@ -11,16 +11,56 @@ Transactions on Image Processing 13, 2004).
 
 import dataclasses
 import gc
-from collections.abc import Sequence
+import json
+import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from data_gen.generator import DiffusionGenerator, GeneratedCaption, ImageRequest
-from data_gen.models import GeneratorConfig, ModelFiles, find_model
+from data_gen.models import GeneratorConfig, ModelFiles
+from data_gen.plan import Plan
+from data_gen.shard_job import GivenBackError
+from data_gen.shards import DatasetManifest
+from data_gen.storage import Store
+
+if TYPE_CHECKING:
+    from data_gen.generator import GeneratedCaption, ImageRequest
+
+FIDELITY_NAME = "fidelity.json"
+"""A dataset's report: `settings_hash` of its plan, and a `FidelityReport`, or `unmeasured`, the reason."""
+MEASURED_OPTIONS = ("tiny_vae", "int8")
+"""Of the generator: a plan that has one of these gets a report. The other options change rounding alone."""
+_NUM_CAPTIONS_COMPARED = 16
+_MAX_REASON_CHARACTERS = 300
+
+
+class UnmeasuredError(Exception):
+    """The images of full precision cannot be made on this machine; the message says why."""
+
+
+def read_fidelity(store: Store, manifest: DatasetManifest) -> dict[str, Any] | None:
+    """The report of this plan; None where there is none, or one of another plan."""
+    try:
+        values = json.loads(store.read(FIDELITY_NAME))
+    except (FileNotFoundError, ValueError):
+        return None
+    is_of_plan = isinstance(values, dict) and values.get("settings_hash") == manifest.settings_hash
+    return values if is_of_plan else None
+
+
+def write_fidelity(plan: Plan, values: Mapping[str, Any]) -> None:
+    """Writes the report of a plan, over that of an older one."""
+    content = json.dumps({"settings_hash": plan.manifest.settings_hash, **values}, indent=2) + "\n"
+    plan.store.replace(FIDELITY_NAME, content.encode())
+
+
+def is_fidelity_due(plan: Plan) -> bool:
+    """Whether the plan has an option of `MEASURED_OPTIONS`, and no report."""
+    settings = plan.manifest.settings["generator"]
+    return any(map(settings.get, MEASURED_OPTIONS)) and read_fidelity(plan.store, plan.manifest) is None
 
 
 @dataclass(frozen=True)
@@ -68,14 +108,43 @@ class FidelityReport:
         return lines
 
 
+def measure_plan(
+    plan: Plan, config: GeneratorConfig, model: ModelFiles, stop: threading.Event
+) -> FidelityReport:
+    """Compares the first image of each of the first captions of the first shard.
+
+    Args:
+        plan: The dataset's plan.
+        config: Its sampling on this machine.
+        model: Its model on this machine.
+        stop: Once it is set, the work is left.
+
+    Raises:
+        GivenBackError: `stop` was set.
+        UnmeasuredError: As for `compare_with_full_precision`, which says the others as well.
+    """
+    from data_gen.generator import ImageRequest
+
+    settings = plan.manifest.settings
+    captions = plan.captions(0)[:_NUM_CAPTIONS_COMPARED]
+    requests = [ImageRequest(caption.key, caption.text, (0,)) for caption in captions]
+    report = compare_with_full_precision(
+        config, model, requests, settings["seed"], settings["num_images_per_batch"], stop
+    )
+    return dataclasses.replace(
+        report, options={name: settings["generator"][name] for name in report.options}
+    )  # a tiny VAE by its name, not by where it lies here
+
+
 def compare_with_full_precision(
     config: GeneratorConfig,
     model: ModelFiles,
-    requests: Sequence[ImageRequest],
+    requests: "Sequence[ImageRequest]",
     seed: int,
     num_images_per_batch: int,
+    stop: threading.Event | None = None,
 ) -> FidelityReport:
-    """Makes the requests' images twice, one model in memory at a time.
+    """Makes the requests' images twice, one model in memory at a time, none at the end.
 
     Args:
         config: The options, which may as well be none.
@@ -83,9 +152,12 @@ def compare_with_full_precision(
         requests: The images, a few dozen at best.
         seed: Seed of the dataset.
         num_images_per_batch: Batch of the denoising network.
+        stop: Once it is set, the work is left after the batch.
 
     Raises:
+        GivenBackError: `stop` was set.
         OSError: The model cannot be loaded.
+        UnmeasuredError: In full precision, it cannot be loaded or run, most often for want of memory.
         ValueError: An option does not fit the model.
     """
     full = dataclasses.replace(
@@ -96,9 +168,10 @@ def compare_with_full_precision(
         for field in dataclasses.fields(config)
         if getattr(config, field.name) != getattr(full, field.name)
     }
-    own_model = find_model(full) if model.tiny_vae_folder is not None else model
-    expected = _make(full, own_model, requests, seed, num_images_per_batch)
-    actual = _make(config, model, requests, seed, num_images_per_batch)
+    stop = stop or threading.Event()
+    own_model = dataclasses.replace(model, tiny_vae_folder=None)
+    expected = _make_in_full(full, own_model, requests, seed, num_images_per_batch, stop)
+    actual = _make(config, model, requests, seed, num_images_per_batch, stop)
     pairs = [
         (image, reference)
         for made, made_in_full in zip(actual, expected, strict=True)
@@ -142,6 +215,7 @@ def measure_fidelity(
     Shapes:
         image, reference: [height, width, 3], both sides of 8 pixels at least.
     """
+    import torch
     from torchmetrics.functional.image import (
         peak_signal_noise_ratio,
         structural_similarity_index_measure,
@@ -158,17 +232,47 @@ def measure_fidelity(
     return float(psnr), float(ssim)
 
 
+def _make_in_full(
+    config: GeneratorConfig,
+    model: ModelFiles,
+    requests: "Sequence[ImageRequest]",
+    seed: int,
+    num_images_per_batch: int,
+    stop: threading.Event,
+) -> "list[GeneratedCaption]":
+    """The reference; what keeps it from being made is no fault of the job's."""
+    try:
+        return _make(config, model, requests, seed, num_images_per_batch, stop)
+    except (RuntimeError, MemoryError, OSError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:_MAX_REASON_CHARACTERS]
+    _free_memory()  # outside of `except`, whose error holds on to the model
+    raise UnmeasuredError(reason)
+
+
 def _make(
     config: GeneratorConfig,
     model: ModelFiles,
-    requests: Sequence[ImageRequest],
+    requests: "Sequence[ImageRequest]",
     seed: int,
     num_images_per_batch: int,
-) -> list[GeneratedCaption]:
+    stop: threading.Event,
+) -> "list[GeneratedCaption]":
+    from data_gen.generator import DiffusionGenerator
+
     generator = DiffusionGenerator(config, model, num_images_per_batch)
-    made = list(generator.generate(requests, seed))
+    made = []
+    for caption in generator.generate(requests, seed):
+        if stop.is_set():
+            raise GivenBackError
+        made.append(caption)
     del generator
+    _free_memory()
+    return made
+
+
+def _free_memory() -> None:
+    import torch
+
     gc.collect()
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()
-    return made

@@ -25,14 +25,14 @@ from data_gen.shards import (
 from data_gen.sources import Columns, SourceFile, digest_sources
 from data_gen.storage import Store
 from data_gen.work_folder import Worker, WorkFolder
-from data_gen.worker import say
+from data_gen.worker import has_images, say
 
 if TYPE_CHECKING:
     from data_gen.job import GenerateConfig
 
-_OWN_FILES = (".tar", ".parquet", "_stats.json", "README.md", "croissant.json", "SHA256SUMS")
+_OWN_FILES = (".tar", ".parquet", "_stats.json", "README.md", "croissant.json", "SHA256SUMS", "fidelity.json")
 """How the names end of what a job writes beside `dataset.json`."""
-_NOT_IN_SETTINGS = ("device", "revision", "trust_remote_code", "allow_pickle")
+_NOT_IN_SETTINGS = ("device", "revision", "tiny_vae_revision", "trust_remote_code", "allow_pickle")
 """Of the generator: what is a machine's or a person's, or stands in the model's identity."""
 _SETTINGS = (
     "num_images_per_caption",
@@ -84,6 +84,7 @@ def draft_plan(
             settings=settings,
             settings_hash=hash_settings(settings),
             num_images_per_caption=config.num_images_per_caption,
+            fingerprint=dict(fingerprint),
             extended_from=(),
             note=config.note,
         )
@@ -161,11 +162,16 @@ def freeze_plan(store: Store, draft: Draft, extend: bool) -> Plan:
     if old.settings_hash == draft.manifest.settings_hash:
         if draft.manifest.note not in ("", old.note):
             say(f"note {draft.manifest.note!r} is left out; the dataset's is {old.note!r}")
-        return Plan(store, old)
-    if _is_begun(store):
-        ancestors = (old.settings_hash, *old.extended_from)
-        note = draft.manifest.note or old.note
-        manifest = dataclasses.replace(draft.manifest, extended_from=ancestors, note=note)
+        if old.fingerprint == draft.manifest.fingerprint or _is_begun(store):
+            return Plan(store, old)
+        manifest = dataclasses.replace(old, fingerprint=draft.manifest.fingerprint)
+    elif _is_begun(store):
+        manifest = dataclasses.replace(
+            draft.manifest,
+            fingerprint=old.fingerprint,
+            extended_from=(old.settings_hash, *old.extended_from),
+            note=draft.manifest.note or old.note,
+        )
     else:
         say(f"{store.name_of(MANIFEST_NAME)} is replaced: nothing was made by its plan")
         manifest = draft.manifest
@@ -241,8 +247,7 @@ def _describe_file(path: Path) -> dict[str, Any]:
 
 def _is_begun(store: Store) -> bool:
     """Whether an image was made, or spilled, in this folder, or a worker is about to."""
-    names = [*store.list(), *store.list(".work", recursive=True)]
-    return any(name.endswith(".tar") for name in names) or _work_folder(store).has_living_workers()
+    return has_images(store) or _work_folder(store).has_living_workers()
 
 
 def _work_folder(store: Store) -> WorkFolder:

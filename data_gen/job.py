@@ -4,7 +4,6 @@ The plan is frozen in `dataset.json`; workers make the shards that have no compl
 was killed goes on where it was, and the same command started elsewhere joins in.
 """
 
-import json
 import os
 import signal
 import tempfile
@@ -15,23 +14,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_gen.card import write_card
+from data_gen.croissant import CHECKSUMS_NAME
 from data_gen.engines.ray_cluster import RayConfig
 from data_gen.engines.slurm import SlurmConfig
+from data_gen.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_UNFINISHED
+from data_gen.fidelity import FIDELITY_NAME, is_fidelity_due, read_fidelity
 from data_gen.freeze import check_draft, draft_plan, freeze_plan
 from data_gen.models import GeneratorConfig, find_model
 from data_gen.plan import Plan
 from data_gen.progress import showing
 from data_gen.repair import requeue_shards
-from data_gen.shards import list_complete_shards
+from data_gen.shards import Shard, list_complete_shards, map_shards, read_stats
 from data_gen.sources import expand_sources
 from data_gen.storage import Store
 from data_gen.work_folder import Worker, WorkFolder
-from data_gen.worker import EXIT_DONE, EXIT_UNFINISHED, WorkConfig, say, stopping_on, work
-
-EXIT_FAILED = 1
-FIDELITY_NAME = "fidelity.json"
-"""What a tiny VAE or int8 weights change, measured on the dataset's own captions."""
-_NUM_CAPTIONS_COMPARED = 16
+from data_gen.worker import WorkConfig, say, stopping_on, work
 
 
 @dataclass(frozen=True)
@@ -65,6 +62,9 @@ class GenerateConfig:
         num_threads_per_worker: CPU threads of each local worker; None shares the cores out.
         spill_seconds: Time between two spills of finished samples: the most that a killed worker loses.
         lease_seconds: Time after which the claim of a worker on another machine is void unless renewed.
+        stall_seconds: Time in a shard without a new image after which a worker is replaced, as its device may
+            hang; longer than a batch takes. 0 is no limit; None is 1800 on an accelerator, and no limit on
+            the CPU.
         ray: The Ray cluster.
         slurm: The Slurm array.
     """
@@ -93,6 +93,7 @@ class GenerateConfig:
     num_threads_per_worker: int | None = None
     spill_seconds: float = 60.0
     lease_seconds: float = 300.0
+    stall_seconds: float | None = None
     ray: RayConfig = field(default_factory=RayConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
@@ -138,6 +139,7 @@ class GenerateConfig:
                 "num_threads": self.num_threads_per_worker,
                 "spill_seconds": self.spill_seconds,
                 "lease_seconds": self.lease_seconds,
+                "stall_seconds": self.stall_seconds,
                 "trust_remote_code": self.generator.trust_remote_code,
                 "allow_pickle": self.generator.allow_pickle,
                 **changes,
@@ -166,7 +168,7 @@ def run(config: GenerateConfig) -> int:
 
     Raises:
         ValueError: Bad captions or settings, or settings other than those of the dataset that is there.
-        OSError: The model is missing, or the output cannot be written.
+        OSError: The model is missing, the output cannot be written, or every worker has failed.
     """
     config.check()
     store = Store(config.output)
@@ -181,7 +183,7 @@ def run(config: GenerateConfig) -> int:
         if config.dry_run:
             from data_gen.estimate import print_estimate
 
-            return print_estimate(config, draft, model, num_workers=len(workers.configs))
+            return print_estimate(config, draft, model, workers.configs)
         plan = freeze_plan(store, draft, config.extend)
     return _run_plan(config, plan, workers)
 
@@ -191,12 +193,13 @@ def _run_plan(config: GenerateConfig, plan: Plan, workers: _Workers) -> int:
     plan.store.remove_stale_temporaries()
     work_folder = WorkFolder(plan.store, Worker.of_this_process(), config.lease_seconds)
     sound = requeue_shards(plan, work_folder, retry_failed=config.retry_failed)
-    start, num_images_before = time.monotonic(), sum(shard.num_images for shard in sound)
-    if len(sound) < plan.manifest.num_shards:
-        plan.store.delete("README.md")  # describes fewer shards than there will be
+    start, settled = time.monotonic(), {shard.name for shard in sound} | work_folder.list_set_aside().keys()
+    if len(settled) < plan.manifest.num_shards or is_fidelity_due(plan):
+        plan.store.delete(CHECKSUMS_NAME)  # the card describes other shards than there will be
+        if read_fidelity(plan.store, plan.manifest) is None:
+            plan.store.delete(FIDELITY_NAME)  # of a plan that this one has replaced
         if config.engine == "slurm":
-            return _submit_to_slurm(config, plan)
-        _compare_with_full_precision(config, plan)
+            return _submit_to_slurm(config, plan, work_folder)
         with showing(plan, work_folder):
             is_stopped = _run_workers(config, plan, workers)
         if is_stopped:  # whoever asked for it may not wait
@@ -204,7 +207,7 @@ def _run_plan(config: GenerateConfig, plan: Plan, workers: _Workers) -> int:
             return EXIT_UNFINISHED
         plan.store.remove_stale_temporaries()
         work_folder.finish()
-    return _finish(plan, work_folder, num_images_before, time.monotonic() - start)
+    return _finish(plan, work_folder, sound, time.monotonic() - start)
 
 
 def _run_workers(config: GenerateConfig, plan: Plan, workers: _Workers) -> bool:
@@ -224,11 +227,19 @@ def _run_workers(config: GenerateConfig, plan: Plan, workers: _Workers) -> bool:
     return stop.is_set()
 
 
-def _submit_to_slurm(config: GenerateConfig, plan: Plan) -> int:
+def _submit_to_slurm(config: GenerateConfig, plan: Plan, work_folder: WorkFolder) -> int:
+    """Submits an array, unless Slurm still has the one that was submitted before."""
     from data_gen.engines import slurm
 
-    job_id = slurm.submit(config.slurm, config.worker_config())
-    what = f"Slurm job {job_id}" if job_id else "the script for sbatch is written"
+    queued = [job_id for job_id in work_folder.list_jobs() if slurm.is_queued(job_id)]
+    if queued:
+        what = f"Slurm job {queued[0]} is still there, no other is submitted (scancel {queued[0]} ends it)"
+    elif job_id := slurm.submit(config.slurm, config.worker_config()):
+        work_folder.forget_jobs()
+        work_folder.record_job(job_id)
+        what = f"Slurm job {job_id}"
+    else:
+        what = "the script for sbatch is written"
     print(f"{plan.store.url}: {what}; `stablerep status --dataset {plan.store.url}` follows the job")
     return EXIT_UNFINISHED
 
@@ -270,27 +281,7 @@ def _describe_machine(config: GenerateConfig, workers: _Workers) -> dict[str, An
     return describe_machine(config.generator, first.device, first.num_threads, config.num_images_per_batch)
 
 
-def _compare_with_full_precision(config: GenerateConfig, plan: Plan) -> None:
-    """Measures, once a dataset, what a tiny VAE or int8 weights change in its own images."""
-    if not (config.generator.tiny_vae or config.generator.int8) or plan.store.exists(FIDELITY_NAME):
-        return
-    from data_gen.fidelity import compare_with_full_precision
-    from data_gen.generator import ImageRequest
-
-    captions = plan.captions(0)[:_NUM_CAPTIONS_COMPARED]
-    report = compare_with_full_precision(
-        config.generator,
-        find_model(config.generator),
-        [ImageRequest(caption.key, caption.text, (0,)) for caption in captions],
-        config.seed,
-        config.num_images_per_batch,
-    )
-    for line in report.lines():
-        say(line)
-    plan.store.publish(FIDELITY_NAME, (json.dumps(report.to_dict(), indent=2) + "\n").encode())
-
-
-def _finish(plan: Plan, work_folder: WorkFolder, num_images_before: int, seconds: float) -> int:
+def _finish(plan: Plan, work_folder: WorkFolder, sound_before: list[Shard], seconds: float) -> int:
     """Writes the card, prints the counts, and says by the exit code how the dataset stands."""
     shards, set_aside = list_complete_shards(plan.store), work_folder.list_set_aside()
     is_finished = len(shards) + len(set_aside) >= plan.manifest.num_shards
@@ -300,7 +291,7 @@ def _finish(plan: Plan, work_folder: WorkFolder, num_images_before: int, seconds
     num_written, num_failed = sum(s.num_samples for s in shards), sum(s.num_failed for s in shards)
     num_images = sum(shard.num_images for shard in shards)
     repeated = "dropped" if source["options"]["duplicates"] == "drop" else "numbered"
-    num_made = num_images - num_images_before
+    num_made = _count_new_images(plan, sound_before)
     rate = f", {num_made / seconds:.2f} images/s" if num_made else ""
     print(
         f"{plan.store.url}: {manifest.num_captions} captions planned ({source['num_empty_dropped']} empty "
@@ -312,3 +303,15 @@ def _finish(plan: Plan, work_folder: WorkFolder, num_images_before: int, seconds
     if not is_finished:
         return EXIT_UNFINISHED
     return EXIT_DONE if num_written == manifest.num_captions else EXIT_FAILED
+
+
+def _count_new_images(plan: Plan, sound_before: list[Shard]) -> int:
+    """Images that were generated for the shards which were not sound before, those of failed captions not."""
+    names_before = {shard.name for shard in sound_before}
+
+    def count(index: int) -> int:
+        name = plan.manifest.shard_name(index)
+        stats = None if name in names_before else read_stats(plan.store, name)
+        return 0 if stats is None else min(stats["num_images"], stats["num_images_made"])
+
+    return sum(map_shards(count, plan.store, plan.manifest))

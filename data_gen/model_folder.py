@@ -44,8 +44,7 @@ def check_pipeline_folder(folder: Path, trust_remote_code: bool, allow_pickle: b
     parts = [name for name, value in index.items() if _is_part(value)]
     if not trust_remote_code and (code := next(_find_code(folder, index), None)):
         raise ValueError(
-            f"model folder {folder} runs code of its own ({code}); trust_remote_code must be true "
-            "to load it"
+            f"model folder {folder} runs code of its own ({code}); trust_remote_code must be true to load it"
         )
     for name in parts:
         if not allow_pickle:

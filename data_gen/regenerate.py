@@ -29,7 +29,7 @@ class Comparison:
         num_equal: Images whose files are equal bit for bit.
         num_close: Images of another fingerprint within `MAX_MEAN_DIFFERENCE`.
         problems: One line for each image that is neither.
-        other_fingerprints: Ids of the fingerprints that are not this machine's.
+        other_fingerprints: Ids of the fingerprints of images that were made again under another one.
     """
 
     num_equal: int = 0
@@ -51,10 +51,9 @@ def regenerate(plan: Plan, shards: list[Shard], fraction: float, config: WorkCon
         OSError: The model cannot be loaded.
         ValueError: It is not the plan's model.
     """
-    from data_gen.generator import ImageRequest, fingerprint_id
+    from data_gen.generator import ImageRequest
 
     generator = load_generator(plan, config)
-    here = fingerprint_id(generator.fingerprint())
     comparison = Comparison()
     chosen = {shard.name: _choose(shard, fraction) for shard in shards}
     if shards and not any(chosen.values()):
@@ -66,7 +65,7 @@ def regenerate(plan: Plan, shards: list[Shard], fraction: float, config: WorkCon
         for made in generator.generate(requests, plan.manifest.settings["seed"]):
             files = [_encode(plan, pixels) for pixels in made.images]
             sample = stored[made.request.key]
-            for index, file in zip(made.request.image_indices, files, strict=True):
+            for index, file, here in zip(made.request.image_indices, files, made.fingerprints, strict=True):
                 where = f"{shard}: image {sample.key}.{index}"
                 if made.failure is not None:
                     comparison.problems.append(f"{where}: failed now ({made.failure})")
@@ -99,9 +98,9 @@ def _encode(plan: Plan, pixels: npt.NDArray[np.uint8]) -> bytes:
 
 
 def _compare(comparison: Comparison, where: str, made: bytes, sample: Sample, index: int, here: str) -> None:
-    """Counts an image as equal or close, or names it."""
-    is_same_machine = sample.fingerprints[index] == here
-    if not is_same_machine:
+    """Counts an image as equal or close, or names it; it was made again under the fingerprint `here`."""
+    is_same = sample.fingerprints[index] == here
+    if not is_same:
         comparison.other_fingerprints.add(sample.fingerprints[index])
     if made == sample.images[index]:
         comparison.num_equal += 1
@@ -111,7 +110,7 @@ def _compare(comparison: Comparison, where: str, made: bytes, sample: Sample, in
         for content in (made, sample.images[index])
     )
     difference = float(np.abs(pixels - stored).mean()) if pixels.shape == stored.shape else float("inf")
-    if is_same_machine:
+    if is_same:
         comparison.problems.append(
             f"{where}: other pixels under the same fingerprint (mean difference {difference:.2f} of 255)"
         )

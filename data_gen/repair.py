@@ -7,6 +7,7 @@ what is sound of them; shards that lack only their side-car or marker get it; wh
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from data_gen.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_UNFINISHED
 from data_gen.plan import Plan
 from data_gen.progress import list_finished
 from data_gen.shard_job import adopt_shard
@@ -21,7 +22,7 @@ from data_gen.shards import (
 )
 from data_gen.storage import Store
 from data_gen.work_folder import Worker, WorkFolder
-from data_gen.worker import EXIT_DONE, EXIT_UNFINISHED, say
+from data_gen.worker import say
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ def run(config: RepairConfig) -> int:
     """Repairs a dataset.
 
     Returns:
-        0 if every shard is there and sound now, 75 if `stablerep generate` has some to make.
+        0 if every shard is there and sound now, 1 if all that are not were set aside, 75 if
+        `stablerep generate` has some to make.
 
     Raises:
         FileNotFoundError: There is no such dataset.
@@ -55,12 +57,16 @@ def run(config: RepairConfig) -> int:
     sound = requeue_shards(plan, work_folder, deep=config.deep)
     num_adopted = sum(1 for _ in _adopt_shards(plan, work_folder))
     num_orphans = _remove_orphans(plan, work_folder)
-    num_left = plan.manifest.num_shards - len(sound) - num_adopted
+    set_aside = work_folder.list_set_aside()
+    for name, reason in set_aside.items():
+        say(f"shard {name} was set aside ({reason}); generate --retry_failed takes it up again")
+    num_left = plan.manifest.num_shards - len(sound) - num_adopted - len(set_aside)
     print(
         f"{plan.store.url}: {plan.manifest.num_shards} shards planned, {len(sound)} sound, {num_adopted} "
-        f"adopted, {num_left} to be made; {num_temporaries + num_orphans} left-over files removed"
+        f"adopted, {num_left} to be made, {len(set_aside)} set aside; {num_temporaries + num_orphans} "
+        "left-over files removed"
     )
-    return EXIT_UNFINISHED if num_left else EXIT_DONE
+    return EXIT_UNFINISHED if num_left else EXIT_FAILED if set_aside else EXIT_DONE
 
 
 def requeue_shards(

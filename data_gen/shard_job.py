@@ -7,12 +7,13 @@ is finished is spilled every minute or so, so that a worker that is stopped lose
 import io
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from data_gen.images import encode_image
 from data_gen.made import MadeImages, StoredImage, collect_images
@@ -30,7 +31,7 @@ _NUM_TRIES = 4
 
 
 class GivenBackError(Exception):
-    """The worker was asked to stop; the shard's finished samples are spilled."""
+    """The worker was asked to stop; what is finished of a shard is spilled."""
 
 
 @dataclass
@@ -123,7 +124,9 @@ def run_shard(
         job = _ShardJob(plan, shard_index, captions, made, get_generator, progress, stop, before_writing, say)
         try:
             shard = job.run(
-                _Spill(work_folder, name, plan.manifest.settings_hash, spill_seconds, before_writing)
+                _Spill(
+                    work_folder, name, plan.manifest.settings_hash, spill_seconds, before_writing, progress
+                )
             )
         except ShardTakenError:
             continue
@@ -151,7 +154,8 @@ def adopt_shard(plan: Plan, shard_index: int, work_folder: WorkFolder) -> Shard 
         plan, shard_index, captions, made, no_generator, Progress(), threading.Event(), nothing, nothing
     )
     name = plan.manifest.shard_name(shard_index)
-    shard = job.run(_Spill(work_folder, name, plan.manifest.settings_hash, float("inf"), nothing))
+    spill = _Spill(work_folder, name, plan.manifest.settings_hash, float("inf"), nothing, job.progress)
+    shard = job.run(spill)
     work_folder.clear(name)
     return shard
 
@@ -171,7 +175,7 @@ class _ShardJob:
     say: Callable[[str], None]
 
     def run(self, spill: "_Spill") -> Shard:
-        """Images are encoded in a thread while the next ones are denoised."""
+        """Samples are encoded, written and spilled in a thread while the next images are denoised."""
         start = time.perf_counter()
         missing = {
             caption.key: indices
@@ -183,13 +187,11 @@ class _ShardJob:
         self._begin(missing)
         with (
             ShardWriter(self.plan.store, self.plan.manifest, self.shard_index) as writer,
-            ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode") as executor,
             spill,
         ):
-            for sample in self._samples(missing, generated, executor, writer):
-                writer.write(sample)
-                if sample.key in missing:
-                    self.progress.num_samples_saved += spill.add(sample)
+            with _WritingThread(self._max_waiting()) as thread:
+                for caption, new in self._draw(missing, generated):
+                    thread.hand_over(partial(self._write, caption, new, writer, spill))
             num_images_made = self.progress.num_images_made - num_made_before
             self.before_writing()
             shard = writer.publish(
@@ -198,7 +200,7 @@ class _ShardJob:
                 statistics={"num_captions_truncated": num_truncated, "num_images_made": num_images_made},
                 replaces=self.made.tar_sha256,
             )
-            self.progress.num_samples_saved += spill.discard()
+            spill.discard()
         return shard
 
     def _begin(self, missing: dict[str, tuple[int, ...]]) -> None:
@@ -225,37 +227,39 @@ class _ShardJob:
         ]
         return num_truncated, generator.generate(requests, self.plan.manifest.settings["seed"])
 
-    def _samples(
-        self,
-        missing: dict[str, tuple[int, ...]],
-        generated: "Iterator[GeneratedCaption]",
-        executor: ThreadPoolExecutor,
-        writer: ShardWriter,
-    ) -> Iterator[Sample]:
-        """Samples in the order of the plan; captions that fail go to the writer with their reason."""
-        max_waiting = 2 * self.plan.manifest.settings["num_images_per_batch"]
-        waiting: deque[Future[Sample]] = deque()
+    def _draw(
+        self, missing: dict[str, tuple[int, ...]], generated: "Iterator[GeneratedCaption]"
+    ) -> "Iterator[tuple[PlannedCaption, GeneratedCaption | None]]":
+        """Captions in the order of the plan, each with what was generated now; None where all was there."""
         for caption in self.captions:
-            new: GeneratedCaption | None = None
-            if caption.key in missing:
-                if self.stop.is_set():
-                    yield from _finished(waiting)
-                    raise GivenBackError
-                try:
-                    new = next(generated)
-                except BaseException:  # what is finished is spilled, whatever ends the work
-                    yield from _finished(waiting)
-                    raise
-                self.progress.num_images_made += len(missing[caption.key])
-                self.progress.num_images_in_shard += len(missing[caption.key])
-                if new.failure is not None:
-                    writer.fail(caption.key, caption.text, new.failure)
-                    self.progress.failures_by_reason[new.failure] += 1
-                    continue
-            waiting.append(executor.submit(self._build_sample, caption, new))
-            while waiting and (waiting[0].done() or len(waiting) > max_waiting):
-                yield waiting.popleft().result()
-        yield from _finished(waiting)
+            if caption.key not in missing:
+                yield caption, None
+                continue
+            if self.stop.is_set():
+                raise GivenBackError
+            new = next(generated)
+            self.progress.num_images_made += len(missing[caption.key])
+            self.progress.num_images_in_shard += len(missing[caption.key])
+            if new.failure is not None:
+                self.progress.failures_by_reason[new.failure] += 1
+            yield caption, new
+
+    def _max_waiting(self) -> int:
+        """Samples of two batches: one is written while the next is denoised."""
+        manifest = self.plan.manifest
+        return max(1, 2 * manifest.settings["num_images_per_batch"] // manifest.num_images_per_caption)
+
+    def _write(
+        self, caption: PlannedCaption, new: "GeneratedCaption | None", writer: ShardWriter, spill: "_Spill"
+    ) -> None:
+        """Takes a caption's images to the shard, and to the spill if any is new; or why it has none."""
+        if new is not None and new.failure is not None:
+            writer.fail(caption.key, caption.text, new.failure)
+            return
+        sample = self._build_sample(caption, new)
+        writer.write(sample)
+        if new is not None:
+            spill.add(sample)
 
     def _build_sample(self, caption: PlannedCaption, new: "GeneratedCaption | None") -> Sample:
         """All images of a caption: those that were made before, and the new ones."""
@@ -298,6 +302,51 @@ class _ShardJob:
         )
 
 
+class _WritingThread:
+    """Runs what it is handed over, one after the other in one thread, while its caller goes on.
+
+    Nothing is run after an error, which the caller meets when it next hands over, or at the end. However the
+    block ends, all that was handed over is dealt with by then.
+
+    Args:
+        max_waiting: Tasks that may be handed over and not yet done, >= 1; at more, the caller waits.
+    """
+
+    def __init__(self, max_waiting: int) -> None:
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="write")
+        self._room = threading.Semaphore(max_waiting)
+        self._error: BaseException | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._executor.shutdown()
+        if error is None:
+            self._raise_error()
+
+    def hand_over(self, task: Callable[[], None]) -> None:
+        """Has a task run after those before it; raises the error of one that failed."""
+        self._room.acquire()
+        self._raise_error()
+        self._executor.submit(self._run, task)
+
+    def _run(self, task: Callable[[], None]) -> None:
+        try:
+            if self._error is None:
+                task()
+        except BaseException as error:  # the caller's to judge
+            self._error = error
+        finally:
+            self._room.release()
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+
 class _Spill:
     """Finished samples on their way to the work folder: every so often, and when the work is cut off."""
 
@@ -308,9 +357,10 @@ class _Spill:
         settings_hash: str,
         seconds: float,
         before_writing: Callable[[], None],
+        progress: Progress,
     ) -> None:
         self._work_folder, self._shard, self._settings_hash = work_folder, shard, settings_hash
-        self._seconds, self._before_writing = seconds, before_writing
+        self._seconds, self._before_writing, self._progress = seconds, before_writing, progress
         self._samples: list[Sample] = []
         self._last = time.monotonic()
 
@@ -327,19 +377,18 @@ class _Spill:
             if error is None:
                 raise
 
-    def add(self, sample: Sample) -> int:
-        """Takes a sample that this worker finished; how many were spilled now."""
+    def add(self, sample: Sample) -> None:
+        """Takes a sample that this worker finished."""
         self._samples.append(sample)
-        return self._flush() if time.monotonic() - self._last >= self._seconds else 0
+        if time.monotonic() - self._last >= self._seconds:
+            self._flush()
 
-    def discard(self) -> int:
-        """Forgets what is not written, as the shard is published; how many samples that were."""
-        num_samples = len(self._samples)
+    def discard(self) -> None:
+        """Forgets its samples, which are saved: by a spill, or as the shard is published."""
+        self._progress.num_samples_saved += len(self._samples)
         self._samples.clear()
-        return num_samples
 
-    def _flush(self) -> int:
-        num_samples = len(self._samples)
+    def _flush(self) -> None:
         if self._samples:
             buffer = io.BytesIO()
             tar = TarWriter(buffer)
@@ -348,9 +397,8 @@ class _Spill:
             tar.finish()
             self._before_writing()
             self._work_folder.write_part(self._shard, buffer.getvalue())
-            self._samples.clear()
+            self.discard()
         self._last = time.monotonic()
-        return num_samples
 
 
 def _missing_indices(plan: Plan, caption: PlannedCaption, made: MadeImages) -> tuple[int, ...]:
@@ -365,8 +413,3 @@ def _build_request(caption: PlannedCaption, image_indices: tuple[int, ...]) -> "
     from data_gen.generator import ImageRequest
 
     return ImageRequest(caption.key, caption.text, image_indices)
-
-
-def _finished(waiting: deque[Future[Sample]]) -> Iterator[Sample]:
-    while waiting:
-        yield waiting.popleft().result()

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 
 import pyarrow.parquet as pq
 
+from data_gen.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_UNFINISHED
 from data_gen.images import decode_image
 from data_gen.plan import Plan
 from data_gen.regenerate import regenerate
 from data_gen.shards import Shard, ShardError, read_samples, read_shard, verify_shard
 from data_gen.storage import Store
-from data_gen.worker import EXIT_DONE, EXIT_UNFINISHED, WorkConfig
-
-EXIT_BAD = 1
+from data_gen.work_folder import Worker, WorkFolder
+from data_gen.worker import WorkConfig
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class VerifyConfig:
         tiny_vae: For `regenerate`, where the tiny VAE is on this machine; None takes the plan's name.
         device: For `regenerate`, as for `stablerep generate`.
         num_threads: For `regenerate`, threads of the CPU; None takes torch's own number.
+        trust_remote_code: For `regenerate`, allow a model that brings its own code.
+        allow_pickle: For `regenerate`, allow weights without a safetensors file.
     """
 
     dataset: str
@@ -36,6 +38,8 @@ class VerifyConfig:
     tiny_vae: str | None = None
     device: str = "auto"
     num_threads: int | None = None
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
 
     def check(self) -> None:
         """Checks the ranges.
@@ -51,8 +55,8 @@ def run(config: VerifyConfig) -> int:
     """Verifies a dataset, naming each bad shard and each image that comes out otherwise.
 
     Returns:
-        0 if every planned shard is there and sound, 1 if one is bad, 75 if all that are there are sound but
-        some are missing.
+        0 if every planned shard is there and sound, 1 if one is bad or was set aside, 75 if all that are
+        there are sound but some are missing.
 
     Raises:
         FileNotFoundError: The folder holds no dataset.
@@ -64,7 +68,8 @@ def run(config: VerifyConfig) -> int:
     plan = Plan.read(Store(config.dataset))
     manifest, url = plan.manifest, plan.store.url
     sound: list[Shard] = []
-    num_bad = num_missing = 0
+    num_bad = num_missing = num_set_aside = 0
+    set_aside = WorkFolder(plan.store, Worker.of_this_process(), 0.0).list_set_aside()
     progress = tqdm(range(manifest.num_shards), desc="verify", unit="shard")
 
     def say(message: str) -> None:  # on a line of its own, above the bar
@@ -74,9 +79,12 @@ def run(config: VerifyConfig) -> int:
         try:
             shard = read_shard(plan.store, manifest, index)
             if shard is None:
-                num_missing += 1
-                name = plan.store.name_of(f"{manifest.shard_name(index)}.tar")
-                say(f"{name}: not finished, it has no completion marker")
+                name = manifest.shard_name(index)
+                reason = set_aside.get(name)
+                num_missing += reason is None
+                num_set_aside += reason is not None
+                state = "it has no completion marker" if reason is None else f"set aside: {reason}"
+                say(f"{plan.store.name_of(name)}.tar: not finished, {state}")
                 continue
             _verify(plan, index, shard, config.deep)
             sound.append(shard)
@@ -86,11 +94,11 @@ def run(config: VerifyConfig) -> int:
     num_images, num_failed = sum(s.num_images for s in sound), sum(s.num_failed for s in sound)
     print(
         f"{url}: {manifest.num_shards} shards planned, {len(sound)} sound, {num_bad} bad, {num_missing} "
-        f"missing; {num_images} images, {num_failed} captions failed"
+        f"missing, {num_set_aside} set aside; {num_images} images, {num_failed} captions failed"
     )
     if config.regenerate > 0:
         num_bad += _regenerate(plan, sound, config)
-    return EXIT_BAD if num_bad else EXIT_UNFINISHED if num_missing else EXIT_DONE
+    return EXIT_FAILED if num_bad or num_set_aside else EXIT_UNFINISHED if num_missing else EXIT_DONE
 
 
 def _verify(plan: Plan, index: int, shard: Shard, deep: bool) -> None:
@@ -108,7 +116,15 @@ def _verify(plan: Plan, index: int, shard: Shard, deep: bool) -> None:
 
 def _regenerate(plan: Plan, shards: list[Shard], config: VerifyConfig) -> int:
     """Makes a share of the images again; the number of those that come out otherwise."""
-    work = WorkConfig(config.dataset, config.model, config.tiny_vae, config.device, config.num_threads)
+    work = WorkConfig(
+        dataset=config.dataset,
+        model=config.model,
+        tiny_vae=config.tiny_vae,
+        device=config.device,
+        num_threads=config.num_threads,
+        trust_remote_code=config.trust_remote_code,
+        allow_pickle=config.allow_pickle,
+    )
     comparison = regenerate(plan, shards, config.regenerate, work)
     for problem in comparison.problems:
         print(f"stablerep verify: {problem}", file=sys.stderr)
@@ -118,7 +134,7 @@ def _regenerate(plan: Plan, shards: list[Shard], config: VerifyConfig) -> int:
     )
     if comparison.other_fingerprints:
         names = ", ".join(f"fingerprints/{name}.json" for name in sorted(comparison.other_fingerprints))
-        print(f"{plan.store.url}: fingerprints that are not this machine's: {names}")
+        print(f"{plan.store.url}: made under fingerprints that the images made again do not have: {names}")
     return len(comparison.problems)
 
 

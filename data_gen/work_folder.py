@@ -5,6 +5,7 @@
     .work/00012/death-….json      a worker that died in the shard: where, how far it had come, and why
     .work/00012/set_aside.json    the shard has killed `MAX_DEATHS` workers at the same place
     .work/workers/….json          what each worker is doing, for `stablerep status`
+    .work/jobs/4711.json          the Slurm job that was submitted for the dataset
 
 Of a shard's claims the one with the highest number counts. Whoever takes a shard over from a dead worker
 publishes the next number, which only one can; nobody touches the claim of another. A shard's files go when it
@@ -232,7 +233,7 @@ class WorkFolder:
             if report is not None and not self._is_alive(name, report):
                 self._store.delete(name)
         if not self._list():
-            for folder in ("workers", ""):
+            for folder in ("workers", "jobs", ""):
                 self._remove_folder(folder)
 
     def report(self, values: dict[str, Any]) -> None:
@@ -249,9 +250,22 @@ class WorkFolder:
         reports = [(name, report) for name in self._list("workers") if (report := self._read(name))]
         return [report for name, report in reports if self._is_alive(name, report)]
 
+    def record_job(self, job_id: str) -> None:
+        """Notes that workers were handed to a cluster's queue."""
+        self._store.publish(f"{_FOLDER}/jobs/{job_id}.json", _encode({"time": time.time()}))
+
+    def list_jobs(self) -> list[str]:
+        """Ids of the jobs that were submitted, of which Slurm may know no more."""
+        return [name.rpartition("/")[2].removesuffix(".json") for name in self._list("jobs")]
+
+    def forget_jobs(self) -> None:
+        """Removes what is kept about submitted jobs: nothing is left to do for them, or there is another."""
+        for name in self._list("jobs"):
+            self._store.delete(name)
+
     def list_shards(self) -> set[str]:
         """Names of the shards about which something is kept."""
-        return {name.split("/")[1] for name in self._list()} - {"workers"}
+        return {name.split("/")[1] for name in self._list()} - {"workers", "jobs"}
 
     def _other_places(self) -> set[str]:
         """Places of the living workers, this one's left out."""

@@ -7,6 +7,7 @@ first one published stays.
 
 import contextlib
 import dataclasses
+import faulthandler
 import json
 import os
 import random
@@ -23,7 +24,22 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from data_gen.card import write_card
-from data_gen.models import GeneratorConfig, find_model, generator_config_from
+from data_gen.croissant import CHECKSUMS_NAME
+from data_gen.exit_codes import (
+    EXIT_DONE,
+    EXIT_DONE_WITH_FAILURES,
+    EXIT_FAILED,
+    EXIT_SHARD_FAILED,
+    EXIT_UNFINISHED,
+)
+from data_gen.fidelity import (
+    FIDELITY_NAME,
+    UnmeasuredError,
+    is_fidelity_due,
+    measure_plan,
+    write_fidelity,
+)
+from data_gen.models import GeneratorConfig, ModelFiles, find_model, generator_config_from
 from data_gen.plan import Plan
 from data_gen.shard_job import GivenBackError, Progress, run_shard
 from data_gen.shards import ShardError, list_complete_shards, read_manifest, to_json
@@ -33,12 +49,18 @@ from data_gen.work_folder import Worker, WorkFolder
 if TYPE_CHECKING:
     from data_gen.generator import DiffusionGenerator
 
-EXIT_DONE, EXIT_ERROR, EXIT_SET_ASIDE, EXIT_SHARD_FAILED, EXIT_UNFINISHED = 0, 1, 3, 70, 75
-"""Every shard is there; an error; all but those set aside are; an error within a shard; told to stop."""
-
 SUPERVISOR_VARIABLE = "STABLEREP_SUPERVISOR_PID"
 """Environment variable with the process that a worker is to end with."""
 
+MAX_FRUITLESS_RUNS = 6
+"""Workers of a place, or errors of one without a supervisor, that may follow each other and save nothing."""
+
+STALL_SECONDS = 1800.0
+"""The limit of `WorkConfig.stall_seconds` on an accelerator where none is set."""
+
+_FIDELITY = "fidelity"
+"""What is claimed, like a shard, by the worker that measures."""
+_MAX_FIDELITY_DEATHS = 2
 _SECONDS_BETWEEN_LISTINGS = 60.0
 _LISTING_SHARE = 0.05
 """Share of the time that listing the dataset may take."""
@@ -61,6 +83,9 @@ class WorkConfig:
         spill_seconds: Time between two spills of finished samples, at most what is lost when it is killed.
         lease_seconds: Time after which a claim that was not renewed is void; it matters for workers of other
             machines alone.
+        stall_seconds: Time in a shard without a new image after which the worker ends, for another to take
+            its place, as a device may hang; longer than a batch takes, and the first one compiles. 0 is no
+            limit; None is 1800 on an accelerator, and no limit on the CPU.
         trust_remote_code: Allow a model that brings its own code.
         allow_pickle: Allow weights without a safetensors file.
     """
@@ -72,6 +97,7 @@ class WorkConfig:
     num_threads: int | None = None
     spill_seconds: float = 60.0
     lease_seconds: float = 300.0
+    stall_seconds: float | None = None
     trust_remote_code: bool = False
     allow_pickle: bool = False
 
@@ -86,18 +112,21 @@ class WorkConfig:
         for name in ("spill_seconds", "lease_seconds"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be > 0 seconds, got {getattr(self, name)}")
+        if self.stall_seconds is not None and not self.stall_seconds >= 0:
+            raise ValueError(f"stall_seconds must be >= 0, got {self.stall_seconds}")
 
 
 def run(config: WorkConfig) -> int:
     """Makes shards until none is left.
 
     Returns:
-        0 if every shard is there, 3 if all but those set aside are, 75 if it was told to stop by a signal.
+        0 if every caption is written, 1 if nothing is left to do but captions failed or shards are set aside,
+        75 if it was told to stop by a signal.
 
     Raises:
         FileNotFoundError: There is no such dataset, or no such model.
         ValueError: The model is not the plan's.
-        OSError: The dataset cannot be read or written.
+        OSError: The dataset cannot be read or written, or errors in a row saved no sample.
     """
     config.check()
     plan = Plan.read(Store(config.dataset))
@@ -116,13 +145,17 @@ def work(plan: Plan, config: WorkConfig, stop: threading.Event, is_supervised: b
     """Makes shards of the plan until none is left or `stop` is set; see `run`.
 
     An error within a shard ends a supervised worker, for another process to take its place; one without a
-    supervisor loads its model anew.
+    supervisor loads its model anew, a few times in a row.
     """
     work_folder = WorkFolder(plan.store, Worker.of_this_process(), config.lease_seconds)
     maker = _ShardMaker(plan, config, work_folder, stop)
     queue = _Queue(plan, work_folder)
-    with _reporting(work_folder, maker.progress, config, plan.store.is_local):
+    with _reporting(work_folder, maker.progress, config, plan.store.is_local), _ending_a_stall(maker):
+        is_measured = False
         while not stop.is_set():
+            is_measured = is_measured or _measure_fidelity(plan, config, work_folder, stop)
+            if stop.is_set():
+                break
             if queue.has_pending:  # before a claim, which would be void if the model does not load
                 maker.load_model()
             shard_index = queue.next()
@@ -132,16 +165,18 @@ def work(plan: Plan, config: WorkConfig, stop: threading.Event, is_supervised: b
                 except ShardFailedError as error:
                     if is_supervised:
                         raise
-                    say(str(error))
-            elif queue.has_pending:
+                    maker.go_on_after(error)
+            elif queue.has_pending or not is_measured:
                 stop.wait(_SECONDS_BETWEEN_LOOKS)
             else:
+                work_folder.forget_jobs()
                 break
     if stop.is_set():
         return EXIT_UNFINISHED
     _check_plan_stands(plan)
     _describe(plan, work_folder)
-    return EXIT_SET_ASIDE if work_folder.list_set_aside() else EXIT_DONE
+    num_written = sum(shard.num_samples for shard in list_complete_shards(plan.store))
+    return EXIT_DONE if num_written == plan.manifest.num_captions else EXIT_FAILED
 
 
 class _ShardMaker:
@@ -153,6 +188,7 @@ class _ShardMaker:
         self._plan, self._config, self._work_folder, self._stop = plan, config, work_folder, stop
         self._generator: DiffusionGenerator | None = None
         self._known_fingerprints: set[str] = set()
+        self._num_fruitless_runs = self._num_samples_saved = 0
         self.progress = Progress()
 
     def make(self, shard_index: int) -> None:
@@ -191,17 +227,42 @@ class _ShardMaker:
             with contextlib.suppress(OSError):
                 self._work_folder.release(name)
 
+    def go_on_after(self, error: ShardFailedError) -> None:
+        """Says what went wrong in a shard.
+
+        Raises:
+            OSError: It is the last of `MAX_FRUITLESS_RUNS` errors in a row, and no sample was saved since.
+        """
+        num_samples_saved = self.progress.num_samples_saved
+        self._num_fruitless_runs += 1
+        if num_samples_saved > self._num_samples_saved:
+            self._num_fruitless_runs, self._num_samples_saved = 0, num_samples_saved
+        if self._num_fruitless_runs >= MAX_FRUITLESS_RUNS:
+            count = MAX_FRUITLESS_RUNS
+            raise OSError(f"{count} errors in a row before a sample was saved ({error})") from error
+        say(str(error))
+
+    @property
+    def stall_seconds(self) -> float:
+        """Time without an image after which the loaded model hangs; 0 is no limit."""
+        if self._config.stall_seconds is not None:
+            return self._config.stall_seconds
+        is_on_cpu = self._generator is None or self._generator.device.type == "cpu"
+        return 0.0 if is_on_cpu else STALL_SECONDS
+
     def load_model(self) -> "DiffusionGenerator":
         """The loaded model."""
         if self._generator is None:
             self._generator = load_generator(self._plan, self._config)
-            _compare_fingerprints(self._plan, self._generator.fingerprint())
+            if has_images(self._plan.store):
+                _compare_fingerprints(self._plan, self._generator.fingerprint())
         return self._generator
 
     def _prepare_writing(self) -> None:
         """Makes sure that the plan stands, and that the fingerprints which images carry are spelt out."""
         _check_plan_stands(self._plan)
-        for identity, fingerprint in (self._generator.fingerprints if self._generator else {}).items():
+        # A copy: this is called in the thread that writes, and the one that draws may add to them.
+        for identity, fingerprint in dict(self._generator.fingerprints if self._generator else {}).items():
             if identity not in self._known_fingerprints:
                 content = (to_json(fingerprint) + "\n").encode()
                 self._plan.store.publish(f"fingerprints/{identity}.json", content)
@@ -252,9 +313,12 @@ class _Queue:
 
     def _list(self) -> None:
         start = time.monotonic()
-        finished = {name for name in self._plan.store.list() if name.endswith("_stats.json")}
+        markers = {name for name in self._plan.store.list() if name.endswith("_stats.json")}
+        set_aside = self._work_folder.list_set_aside()
         self._pending = [
-            index for index, name in enumerate(self._plan.shard_names) if f"{name}_stats.json" not in finished
+            index
+            for index, name in enumerate(self._plan.shard_names)
+            if f"{name}_stats.json" not in markers and name not in set_aside
         ]
         self._claimed = self._work_folder.list_claims()
         seconds = time.monotonic() - start
@@ -268,19 +332,76 @@ def load_generator(plan: Plan, config: WorkConfig) -> "DiffusionGenerator":
         OSError: It cannot be loaded.
         ValueError: It is not the model of the plan.
     """
-    _set_num_threads(config.num_threads)
+    set_num_threads(config.num_threads)
     from data_gen.generator import DiffusionGenerator
 
-    settings = plan.manifest.settings
+    generator_config, model = _find_planned_model(plan, config)
+    return DiffusionGenerator(generator_config, model, plan.manifest.settings["num_images_per_batch"])
+
+
+def _find_planned_model(plan: Plan, config: WorkConfig) -> tuple[GeneratorConfig, ModelFiles]:
+    """The plan's sampling and model on this machine.
+
+    Raises:
+        OSError: There is no such model here.
+        ValueError: It is not the model of the plan.
+    """
     generator_config = build_generator_config(plan, config)
     model = find_model(generator_config)
-    planned = settings["generator"]["model_identity"]
+    planned = plan.manifest.settings["generator"]["model_identity"]
     if model.identity != planned:
         raise ValueError(f"model {model.name} is {model.identity}, and the plan's is {planned}")
-    return DiffusionGenerator(generator_config, model, settings["num_images_per_batch"])
+    return generator_config, model
 
 
-def _set_num_threads(num_threads: int | None) -> None:
+def _measure_fidelity(plan: Plan, config: WorkConfig, work_folder: WorkFolder, stop: threading.Event) -> bool:
+    """Measures what the plan's options change, where that is due and no other worker is at it.
+
+    What cannot be measured, or has killed `_MAX_FIDELITY_DEATHS` workers, is recorded as unmeasured: no
+    shard waits for it.
+
+    Returns:
+        Whether nothing is left to measure.
+    """
+    if not is_fidelity_due(plan):
+        return True
+    is_claimed = work_folder.claim(_FIDELITY)
+    deaths = work_folder.read_deaths(_FIDELITY)
+    try:
+        if len(deaths) >= _MAX_FIDELITY_DEATHS:
+            _give_fidelity_up(plan, f"{len(deaths)} workers died of it ({deaths[-1].get('reason')})")
+        elif not is_claimed:
+            return False
+        elif is_fidelity_due(plan):  # not published and released just now
+            set_num_threads(config.num_threads)
+            report = measure_plan(plan, *_find_planned_model(plan, config), stop)
+            _check_plan_stands(plan)
+            write_fidelity(plan, report.to_dict())
+            for line in report.lines():
+                say(line)
+    except UnmeasuredError as error:
+        _give_fidelity_up(plan, str(error))
+    except GivenBackError:
+        return False
+    finally:
+        with contextlib.suppress(OSError):
+            work_folder.release(_FIDELITY)
+    work_folder.clear(_FIDELITY)
+    return True
+
+
+def _give_fidelity_up(plan: Plan, reason: str) -> None:
+    _check_plan_stands(plan)
+    write_fidelity(plan, {"unmeasured": reason})
+    say(f"full precision is not compared with, {FIDELITY_NAME} says so: {reason}")
+
+
+def has_images(store: Store) -> bool:
+    """Whether an image was made, or spilled, in this folder."""
+    return any(name.endswith(".tar") for name in (*store.list(), *store.list(".work", recursive=True)))
+
+
+def set_num_threads(num_threads: int | None) -> None:
     """Sets the threads of the CPU's operations, before or after torch is imported."""
     if num_threads is not None:
         os.environ |= {"OMP_NUM_THREADS": str(num_threads), "MKL_NUM_THREADS": str(num_threads)}
@@ -291,16 +412,27 @@ def _set_num_threads(num_threads: int | None) -> None:
 def build_generator_config(plan: Plan, config: WorkConfig) -> GeneratorConfig:
     """The plan's sampling, with what this machine and this worker add."""
     settings = plan.manifest.settings["generator"]
-    identity = str(settings["model_identity"]).split()[-1]
+    tiny_vae_identity, identity = _split_identity(settings["model_identity"])
     return dataclasses.replace(
         generator_config_from(settings),
         model=config.model or settings["model"],
         tiny_vae=config.tiny_vae or settings["tiny_vae"],
-        revision=identity.removeprefix("commit:") if identity.startswith("commit:") else None,
+        revision=_commit_of(identity),
+        tiny_vae_revision=_commit_of(tiny_vae_identity),
         device=config.device,
         trust_remote_code=config.trust_remote_code,
         allow_pickle=config.allow_pickle,
     )
+
+
+def _split_identity(model_identity: str) -> tuple[str, str]:
+    """Of the tiny VAE ("" without one) and of the model itself, as `ModelFiles.identity` joins them."""
+    tiny_vae, _, model = f" {model_identity}".rpartition(" ")
+    return tiny_vae.strip().removeprefix("tiny_vae="), model
+
+
+def _commit_of(identity: str) -> str | None:
+    return identity.removeprefix("commit:") if identity.startswith("commit:") else None
 
 
 def _compare_fingerprints(plan: Plan, here: dict[str, Any]) -> None:
@@ -318,8 +450,8 @@ def _check_plan_stands(plan: Plan) -> None:
 
 
 def _describe(plan: Plan, work_folder: WorkFolder) -> None:
-    """Writes the card of a dataset that has none: the last worker does."""
-    if not plan.store.exists("README.md") and work_folder.claim("card"):
+    """Writes the card where it is missing or out of date: the last worker does."""
+    if not plan.store.exists(CHECKSUMS_NAME) and work_folder.claim("card"):
         try:
             write_card(plan.store, plan.manifest, list_complete_shards(plan.store))
         finally:
@@ -363,6 +495,38 @@ def _reporting(
     with contextlib.suppress(OSError):
         work_folder.withdraw_report()
         work_folder.finish()
+
+
+@contextmanager
+def _ending_a_stall(maker: _ShardMaker) -> Iterator[None]:
+    """Ends this process when a shard has had no new image for too long, and says where it stood.
+
+    Against a device that hangs only another process helps; this one would prolong its claim for ever.
+    """
+    done = threading.Event()
+
+    def watch() -> None:
+        before, since = None, time.monotonic()
+        while not done.wait(_SECONDS_BETWEEN_LOOKS / 2):
+            progress = maker.progress
+            now = (progress.shard, progress.num_images_made, progress.num_samples_saved)
+            if now != before or progress.shard is None:
+                before, since = now, time.monotonic()
+            elif 0 < maker.stall_seconds <= time.monotonic() - since:
+                faulthandler.dump_traceback()
+                say(
+                    f"error: no image for {maker.stall_seconds:g} seconds in shard {progress.shard}; "
+                    "this worker ends, and leaves the shard to another"
+                )
+                os._exit(EXIT_SHARD_FAILED)
+
+    thread = threading.Thread(target=watch, name="stall", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 @contextmanager
@@ -418,13 +582,14 @@ def main(argument: str) -> int:
     """Runs the worker that engines start: `python -m data_gen.worker '{"dataset": …}'`."""
     config = WorkConfig(**json.loads(argument))
     try:
-        return run(config)
+        code = run(config)
     except ShardFailedError:
         traceback.print_exc()
         return EXIT_SHARD_FAILED
     except (OSError, ValueError) as error:
         say(f"error: {_describe_error(error, config.dataset)}")
-        return EXIT_ERROR
+        return EXIT_FAILED
+    return EXIT_DONE_WITH_FAILURES if code == EXIT_FAILED else code
 
 
 def _describe_error(error: Exception, dataset: str) -> str:

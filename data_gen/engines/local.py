@@ -14,21 +14,15 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from data_gen.exit_codes import EXIT_DONE, EXIT_DONE_WITH_FAILURES, EXIT_UNFINISHED
 from data_gen.storage import Store
 from data_gen.work_folder import PLACE_VARIABLE, Worker, WorkFolder
-from data_gen.worker import (
-    EXIT_DONE,
-    EXIT_SET_ASIDE,
-    EXIT_UNFINISHED,
-    SUPERVISOR_VARIABLE,
-    WorkConfig,
-)
-
-MAX_FRUITLESS_STARTS = 6
-"""Workers in a row that may end before they have saved a sample; then their place is given up."""
+from data_gen.worker import MAX_FRUITLESS_RUNS, SUPERVISOR_VARIABLE, WorkConfig
 
 _SECONDS_BETWEEN_LOOKS = 0.2
 _MAX_SECONDS_BEFORE_START = 60.0
+_SECONDS_AFTER_STOP = 1.0
+"""Before a worker is started again that someone else has stopped."""
 _NUM_LINES_KEPT = 20
 
 
@@ -65,7 +59,8 @@ def run_local(
     """Runs one worker process for each config until none has anything left to do.
 
     A worker that dies is buried (its shard is free at once, its death noted) and replaced, at once the first
-    time, and after a pause that doubles while its successors save nothing; at last its place is given up.
+    time, and after a pause that doubles while its successors save nothing; at last its place is given up. One
+    that someone else has told to stop is replaced too, as there is work left.
 
     Args:
         works: What each worker is told.
@@ -91,7 +86,7 @@ def run_local(
                 if slot.code is not None:
                     continue
                 if slot.start_at is None and slot.process.poll() is not None:
-                    _look_after(slot, work_folder, say)
+                    _look_after(slot, work_folder, say, stop)
                 elif slot.start_at is not None and time.monotonic() >= slot.start_at:
                     slot.process, slot.reader, slot.lines = _start(
                         slot.work, slot.index, prefixes[slot.index], say
@@ -99,20 +94,26 @@ def run_local(
                     slot.start_at = None
     finally:
         _end(slots, grace_seconds)
-    if all(slot.num_fruitless >= MAX_FRUITLESS_STARTS for slot in slots):
+    if all(slot.num_fruitless >= MAX_FRUITLESS_RUNS for slot in slots):
         reason = _describe(slots[0].process.returncode, slots[0].lines)
         raise OSError(
-            f"{MAX_FRUITLESS_STARTS} workers in a row ended before they had saved a sample ({reason})"
+            f"{MAX_FRUITLESS_RUNS} workers in a row ended before they had saved a sample ({reason})"
         )
     return [EXIT_UNFINISHED if slot.code is None else slot.code for slot in slots]
 
 
-def _look_after(slot: _Slot, work_folder: WorkFolder, say: Callable[[str], None]) -> None:
+def _look_after(
+    slot: _Slot, work_folder: WorkFolder, say: Callable[[str], None], stop: threading.Event
+) -> None:
     """Takes the exit code of a worker that has ended; where it died, buries it and has another one follow."""
     slot.reader.join(timeout=5.0)
     code = slot.process.returncode
-    if code in (EXIT_DONE, EXIT_SET_ASIDE, EXIT_UNFINISHED):
+    if code in (EXIT_DONE, EXIT_DONE_WITH_FAILURES) or (code == EXIT_UNFINISHED and stop.is_set()):
         slot.code = code
+        return
+    if code == EXIT_UNFINISHED:
+        slot.start_at = time.monotonic() + _SECONDS_AFTER_STOP
+        say(f"worker {slot.index} was told to stop, though not by this job; starting it anew")
         return
     reason = _describe(code, slot.lines)
     shards, num_samples_saved = list[str](), 0
@@ -120,7 +121,7 @@ def _look_after(slot: _Slot, work_folder: WorkFolder, say: Callable[[str], None]
         shards, num_samples_saved = work_folder.bury(slot.process.pid, reason)
     slot.num_fruitless = 0 if num_samples_saved else slot.num_fruitless + 1
     where = f" in shard {shards[0]}" if shards else ""
-    if slot.num_fruitless >= MAX_FRUITLESS_STARTS:
+    if slot.num_fruitless >= MAX_FRUITLESS_RUNS:
         slot.code = code
         say(f"worker {slot.index} died{where} ({reason}); its place is given up")
         return
@@ -149,10 +150,11 @@ def _start(
 
     def forward() -> None:
         assert process.stdout is not None  # a pipe was asked for
-        for line in process.stdout:
-            if text := line.rstrip().removeprefix("stablerep generate: "):
-                lines.append(text)
-                say(prefix + text)
+        with process.stdout as output:
+            for line in output:
+                if text := line.rstrip().removeprefix("stablerep generate: "):
+                    lines.append(text)
+                    say(prefix + text)
 
     reader = threading.Thread(target=forward, daemon=True)
     reader.start()

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_gen.worker import EXIT_DONE, EXIT_ERROR, EXIT_SET_ASIDE, EXIT_UNFINISHED
+from data_gen.exit_codes import EXIT_DONE, EXIT_DONE_WITH_FAILURES, EXIT_FAILED, EXIT_UNFINISHED
 
 if TYPE_CHECKING:
     from data_gen.worker import WorkConfig
@@ -27,6 +27,7 @@ _SECONDS_BETWEEN_LOOKS = 0.5
 _SECONDS_TO_START = 30.0
 """Before workers are said not to have started."""
 _SECONDS_TO_ANSWER = 5.0
+_DONE = (EXIT_DONE, EXIT_DONE_WITH_FAILURES)
 
 
 @dataclass(frozen=True)
@@ -100,11 +101,13 @@ def run(
 
     Raises:
         ValueError: A setting is out of its range.
-        OSError: Ray is not installed, the cluster cannot be reached, or that of this machine has no room.
+        OSError: Ray is not installed, the cluster cannot be reached, that of this machine has no room, or
+            every worker has failed.
     """
     config.check()
     ray = _import_ray()
-    work = replace(work, dataset=_make_absolute(work.dataset), model=_make_absolute(work.model))
+    places = {name: _make_absolute(getattr(work, name)) for name in ("dataset", "model", "tiny_vae")}
+    work = replace(work, **places)
     with _connected(ray, config) as can_grow:
         shares = _build_shares(ray, config)
         num_workers = config.num_workers or _count_places(ray, shares) or 1
@@ -115,11 +118,13 @@ def run(
         return _Crew(ray, config, shares, on_event).run(work, num_workers, stop or threading.Event())
 
 
-def run_worker(work: "WorkConfig", stop: threading.Event, say: Callable[[str], None]) -> int:
+def run_worker(
+    work: "WorkConfig", stop: threading.Event, say: Callable[[str], None], grace_seconds: float
+) -> int:
     """Runs one worker process where this is called, and others in its place if it dies; its exit code."""
     from data_gen.engines.local import run_local
 
-    return run_local([work], stop, say)[0]
+    return run_local([work], stop, say, grace_seconds)[0]
 
 
 class _Actor:
@@ -128,8 +133,8 @@ class _Actor:
     def __init__(self) -> None:
         self._stop = threading.Event()
 
-    def run(self, runner: Callable[..., int], work: "WorkConfig") -> int:
-        return runner(work, self._stop, _print)
+    def run(self, runner: Callable[..., int], work: "WorkConfig", grace_seconds: float) -> int:
+        return runner(work, self._stop, _print, grace_seconds)
 
     def stop(self) -> None:
         self._stop.set()
@@ -161,6 +166,7 @@ class _Crew:
         self._ray, self._config, self._shares, self._on_event = ray, config, shares, on_event
         self._members: list[_Member] = []
         self._codes: dict[int, int] = {}
+        self._last_failure = ""
         self._report_at = time.monotonic() + _SECONDS_TO_START
         self._num_waiting = 0
 
@@ -171,7 +177,7 @@ class _Crew:
             self._members = [self._start(work) for _ in range(num_workers)]
             while len(self._codes) < num_workers and not stop.is_set():
                 self._collect(_SECONDS_BETWEEN_LOOKS)
-                done = [code for code in self._codes.values() if code in (EXIT_DONE, EXIT_SET_ASIDE)]
+                done = [code for code in self._codes.values() if code in _DONE]
                 if done:
                     code_of_the_rest = done[0]
                     break
@@ -179,7 +185,10 @@ class _Crew:
                     self._report()
         finally:
             self._dismiss()
-        return [self._codes.get(index, code_of_the_rest) for index in range(num_workers)]
+        codes = [self._codes.get(index, code_of_the_rest) for index in range(num_workers)]
+        if not stop.is_set() and all(code == EXIT_FAILED for code in codes):
+            raise OSError(f"every worker failed ({self._last_failure})")
+        return codes
 
     def _start(self, work: "WorkConfig") -> _Member:
         shares = dict(self._shares)
@@ -195,7 +204,8 @@ class _Crew:
             )
             .remote()
         )
-        return _Member(actor, actor.run.remote(run_worker, work), actor.answer.remote())
+        code = actor.run.remote(run_worker, work, self._config.grace_seconds)
+        return _Member(actor, code, actor.answer.remote())
 
     def _collect(self, seconds: float) -> None:
         """Takes the exit codes that come within this time."""
@@ -205,16 +215,17 @@ class _Crew:
         for index, member in running.items():
             if member.code in ended:
                 self._codes[index] = code = self._get_code(index, member)
-                if code not in (EXIT_DONE, EXIT_SET_ASIDE):
+                if code not in _DONE:
                     self._ray.kill(member.actor)  # its place is free for one that waits
 
     def _get_code(self, index: int, member: _Member) -> int:
         try:
             return int(self._ray.get(member.code))
         except self._ray.exceptions.RayError as error:
-            reason = str(getattr(error, "cause", None) or error).strip()
-            self._on_event(f"worker {index}: {' '.join(reason.split())}")
-            return EXIT_ERROR
+            reason = " ".join(str(getattr(error, "cause", None) or error).split())
+            self._on_event(f"worker {index}: {reason}")
+            self._last_failure = reason
+            return EXIT_FAILED
 
     def _running(self) -> dict[int, _Member]:
         return {index: member for index, member in enumerate(self._members) if index not in self._codes}
@@ -252,7 +263,8 @@ class _Crew:
             else:
                 self._ray.kill(member.actor)
         if codes := [member.code for member in placed]:
-            self._ray.wait(codes, num_returns=len(codes), timeout=self._config.grace_seconds)
+            seconds = self._config.grace_seconds + _SECONDS_TO_ANSWER  # past which actors kill their workers
+            self._ray.wait(codes, num_returns=len(codes), timeout=seconds)
         for member in self._members:
             self._ray.kill(member.actor)
 

@@ -157,6 +157,27 @@ def submit(config: SlurmConfig, work: "WorkConfig") -> str | None:
     return finished.stdout.strip().partition(";")[0]  # with several clusters: "job id;cluster"
 
 
+def is_queued(job_id: str) -> bool:
+    """Whether tasks of a job wait, run or end.
+
+    Raises:
+        OSError: squeue cannot tell.
+    """
+    try:
+        finished = subprocess.run(
+            ["squeue", "--noheader", f"--jobs={job_id}"],
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+        )
+    except FileNotFoundError:  # nothing can be submitted here either
+        return False
+    if finished.returncode and "invalid job id" not in finished.stderr.lower():  # said of one long gone
+        reason = " ".join(finished.stderr.split()) or f"exit code {finished.returncode}"
+        raise OSError(f"squeue cannot tell whether Slurm job {job_id} is still there: {reason}")
+    return bool(finished.stdout.strip())
+
+
 def build_script(config: SlurmConfig, work: "WorkConfig") -> str:
     """The batch script of the array.
 
@@ -209,18 +230,24 @@ await() {
     do :; done
 }
 
-# Runs a worker until it says that nothing is left (0, 3) or that it was told to stop (75).
+# Runs a worker, as the one of this number, until it says that nothing is left (0, 3), or that it was told to
+# stop (75) while this task is.
 supervise() {
     catch_signals
+    local num_restarts=0 supervisor=$BASHPID place
+    place=$(uname -n)/$SLURM_JOB_ID/$1  # HOSTNAME may be that of the machine which submitted the job
+    shift
     children=()
-    local num_restarts=0
     until ((${#signals[@]})); do
-        "$@" &
+        STABLEREP_SUPERVISOR_PID=$supervisor STABLEREP_WORKER_PLACE=$place "$@" &
         children=("$!")
         if ((${#signals[@]})); then kill -USR1 "$!" 2>/dev/null; fi  # it came just before
         await "$!"
         children=()
-        case $code in 0 | 3 | 75) exit "$code" ;; esac
+        case $code in
+            0 | 3) exit "$code" ;;
+            75) if ((${#signals[@]} == 0)); then sleep 1; fi ;;  # what stops all may reach this shell last
+        esac
         if ((${#signals[@]} || num_restarts >= max_restarts)); then exit "$code"; fi
         num_restarts=$((num_restarts + 1))
         echo "a worker ended with code $code; starting it again ($num_restarts of $max_restarts)" >&2
@@ -229,7 +256,7 @@ supervise() {
 }
 
 start() {
-    supervise "$@" &
+    supervise "${#children[@]}" "$@" &
     children+=("$!")
 }
 

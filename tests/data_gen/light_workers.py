@@ -6,6 +6,9 @@ Python runs `sitecustomize.py` from its path before anything else; it puts the s
     LIGHT_POISON    a worker that comes to this caption is killed
     LIGHT_BROKEN    a worker that comes to this caption raises
     LIGHT_BROKEN_PLACE  workers of the place with this number raise at every caption
+    LIGHT_BROKEN_DEVICE  workers on this device raise at every caption
+    LIGHT_FAILED    a caption that fails
+    LIGHT_HANG      a file; the worker that takes it away hangs at its caption
     LIGHT_LOG       a file that gets a line for each caption generated
     LIGHT_UNLOADED  the model cannot be loaded; the value says why
 """
@@ -31,7 +34,8 @@ class _Finder:
         from tests.data_gen.datasets import NoiseGenerator, Request
 
         class LightGenerator(NoiseGenerator):
-            def __init__(self, *_):
+            def __init__(self, config, *_):
+                self.name = config.device
                 if "LIGHT_UNLOADED" in os.environ:
                     raise OSError(os.environ["LIGHT_UNLOADED"])
 
@@ -45,10 +49,22 @@ class _Finder:
                     place = os.environ.get("STABLEREP_WORKER_PLACE", "").rpartition("/")[2]
                     if place and place == os.environ.get("LIGHT_BROKEN_PLACE"):
                         raise RuntimeError("this accelerator fell off the bus")
+                    if self.name == os.environ.get("LIGHT_BROKEN_DEVICE"):
+                        raise RuntimeError("this accelerator fell off the bus")
+                    if "LIGHT_HANG" in os.environ:
+                        try:
+                            os.unlink(os.environ["LIGHT_HANG"])
+                        except FileNotFoundError:
+                            pass
+                        else:
+                            time.sleep(600)
                     if "LIGHT_LOG" in os.environ:
                         with open(os.environ["LIGHT_LOG"], "a") as file:
                             file.write(request.text + chr(10))
-                    yield from super().generate([request], seed)
+                    for made in super().generate([request], seed):
+                        if request.text == os.environ.get("LIGHT_FAILED"):
+                            made.failure = "safety_checker"
+                        yield made
 
         module = types.ModuleType(spec.name)
         module.DiffusionGenerator = LightGenerator

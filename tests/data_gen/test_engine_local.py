@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -135,11 +136,111 @@ def test_sigterm_gives_back_and_nothing_finished_is_made_twice(
         job.send_signal(signal.SIGTERM)
         _, error = job.communicate(timeout=60)
     assert job.returncode == 75, error
-    assert not list((tmp_path / "dataset" / ".work").glob("*/claim.json"))
+    assert not list((tmp_path / "dataset" / ".work").rglob("claim-*.json"))
     subprocess.run(command, env=environment, check=True, capture_output=True)
     assert data_files(tmp_path / "dataset") == undisturbed
     drawn = log.read_text().splitlines()
     assert sorted(drawn) == sorted(f"caption {index}" for index in range(NUM_CAPTIONS))
+
+
+@pytest.mark.parametrize("num_workers", ["1", "2"])
+def test_a_worker_that_someone_else_stops_is_replaced(
+    num_workers: str,
+    tmp_path: Path,
+    many_captions: Path,
+    tiny_pipeline: Path,
+    undisturbed: dict[str, bytes],
+) -> None:
+    log, root = tmp_path / "log", tmp_path / "dataset"
+    command = generate_command(many_captions, root, tiny_pipeline, "--num_workers", num_workers)
+    environment = light_environment(tmp_path / "light", LIGHT_LOG=str(log), LIGHT_SECONDS="0.1")
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as job:
+        while not log.exists() or len(log.read_text().splitlines()) < 6:
+            time.sleep(0.02)
+            assert job.poll() is None
+        os.kill(children_of(job.pid)[0], signal.SIGTERM)
+        _, error = job.communicate(timeout=60)
+    assert job.returncode == 0, error
+    assert "was told to stop, though not by this job; starting it anew" in error
+    assert data_files(root) == undisturbed
+    assert sorted(log.read_text().splitlines()) == sorted(f"caption {index}" for index in range(NUM_CAPTIONS))
+
+
+@pytest.mark.parametrize("num_workers", ["1", "2"])
+def test_a_worker_that_hangs_in_a_shard_is_replaced(
+    num_workers: str,
+    tmp_path: Path,
+    many_captions: Path,
+    tiny_pipeline: Path,
+    undisturbed: dict[str, bytes],
+) -> None:
+    command = generate_command(many_captions, tmp_path / "dataset", tiny_pipeline)
+    hang = tmp_path / "hang"
+    hang.touch()
+    environment = light_environment(tmp_path / "light", LIGHT_HANG=str(hang))
+    command += ["--num_workers", num_workers, "--stall_seconds", "3"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "no image for 3 seconds in shard 0000" in done.stderr
+    assert done.stderr.count("starting it anew") == 1
+    assert "in generate" in done.stderr  # the stack says where it stood
+    assert data_files(tmp_path / "dataset") == undisturbed
+
+
+def test_a_worker_without_a_supervisor_that_hangs_ends_and_a_slow_one_does_not(
+    tmp_path: Path, many_captions: Path, tiny_pipeline: Path
+) -> None:
+    hang = tmp_path / "hang"
+    hang.touch()
+    options = ["--stall_seconds", "2", "--num_captions_per_shard", str(NUM_CAPTIONS)]  # a shard of 4 seconds
+    command = generate_command(many_captions, tmp_path / "dataset", tiny_pipeline, *options)
+    environment = light_environment(tmp_path / "light", LIGHT_HANG=str(hang), LIGHT_SECONDS="0.1")
+    hung = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert hung.returncode == 70, hung.stderr
+    assert subprocess.run(command, env=environment, capture_output=True).returncode == 0
+
+
+def test_a_worker_without_a_supervisor_that_always_fails_ends_while_others_live(
+    tmp_path: Path, many_captions: Path, tiny_pipeline: Path
+) -> None:
+    root = tmp_path / "dataset"
+    environment = light_environment(tmp_path / "light", LIGHT_BROKEN_DEVICE="cuda:7")
+    freeze(many_captions, root, tiny_pipeline, environment)
+    work_folder = WorkFolder(Store(root), Worker.of_this_process(), lease_seconds=60)
+    work_folder.report({})  # a worker that lives elsewhere
+    join = [*generate_command(many_captions, root, tiny_pipeline)[:3], "work", "--dataset", str(root)]
+    join += ["--model", str(tiny_pipeline), "--device", "cuda:7"]
+    joined = subprocess.run(join, env=environment, capture_output=True, text=True, timeout=60)
+    assert joined.returncode == 1
+    (line,) = [line for line in joined.stderr.splitlines() if "error:" in line]
+    assert "6 errors in a row before a sample was saved (shard 0000" in line
+    assert "this accelerator fell off the bus" in line
+    assert work_folder.list_set_aside() == {}
+
+
+def freeze(captions: Path, root: Path, model: Path, environment: dict[str, str]) -> None:
+    """Plans a dataset and makes nothing of it."""
+    script = ["--slurm.submit", "false", "--slurm.script", str(root.parent / "script")]
+    command = generate_command(captions, root, model, "--engine", "slurm", *script)
+    assert subprocess.run(command, env=environment, capture_output=True).returncode == 75
+
+
+def test_every_verb_says_by_one_exit_code_that_captions_failed_or_shards_are_set_aside(
+    tmp_path: Path, many_captions: Path, tiny_pipeline: Path
+) -> None:
+    for variable in ("LIGHT_FAILED", "LIGHT_BROKEN"):
+        root = tmp_path / variable
+        environment = light_environment(tmp_path / "light", **{variable: "caption 10"})
+        generate = generate_command(many_captions, root, tiny_pipeline)
+        work = [*generate[:3], "work", "--dataset", str(root), "--model", str(tiny_pipeline)]
+        status = [*generate[:3], "status", "--dataset", str(root)]
+        freeze(many_captions, root, tiny_pipeline, environment)
+        codes = [subprocess.run(status, env=environment, capture_output=True).returncode]
+        codes += [subprocess.run(work, env=environment, capture_output=True).returncode]
+        environment["LIGHT_UNLOADED"] = "nothing is left to load it for"
+        for command in (work, status, generate, [*generate, "--num_workers", "2"]):
+            codes.append(subprocess.run(command, env=environment, capture_output=True).returncode)
+        assert codes == [75, 1, 1, 1, 1, 1]
 
 
 def test_workers_that_join_share_the_work(
@@ -170,7 +271,7 @@ def test_status_tells_of_a_running_job(tmp_path: Path, many_captions: Path, tiny
         while not list(root.glob("*_stats.json")):
             time.sleep(0.1)
             assert job.poll() is None
-        status = {"images_per_second": 0.0}
+        status: dict[str, Any] = {"images_per_second": 0.0}
         while not status["images_per_second"]:  # workers report once a second
             running = subprocess.run(ask, env=environment, capture_output=True, text=True)
             status = json.loads(running.stdout)

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from data_gen.engines import ray_cluster
+from data_gen.engines import local, ray_cluster
 from data_gen.engines.ray_cluster import RayConfig, run
 from data_gen.worker import WorkConfig, stopping_on
 
@@ -31,10 +31,14 @@ ALL_SHARDS = {f"shard-{index}" for index in range(NUM_SHARDS)}
 # The stand-in for a worker, which makes files instead of images. It runs in the actor's process.
 
 
-def make_files(work: WorkConfig, stop: threading.Event, say: Callable[[str], None]) -> int:
+def make_files(
+    work: WorkConfig, stop: threading.Event, say: Callable[[str], None], grace_seconds: float
+) -> int:
     """Claims and makes shards; files that the test puts beside them have it die, wait or fail in one."""
     folder = Path(work.dataset)
-    write_event(folder, "start")
+    write_event(folder, "start", grace_seconds=grace_seconds)
+    if (folder / "broken").exists():
+        raise OSError("6 workers in a row\nended")
     while pending := ALL_SHARDS - list_made(folder):
         name = next((name for name in sorted(pending) if claim(folder, name)), None)
         if name is None:
@@ -87,12 +91,13 @@ def take_away(path: Path) -> bool:
     return True
 
 
-def write_event(folder: Path, name: str) -> None:
+def write_event(folder: Path, name: str, **more: Any) -> None:
     event = {
         "event": name,
         "pid": os.getpid(),
         "niceness": os.nice(0),
         "cuda": os.environ.get("CUDA_VISIBLE_DEVICES"),
+        **more,
     }
     with (folder / "events").open("a") as file:
         file.write(json.dumps(event) + "\n")
@@ -114,7 +119,7 @@ def on_a_growing_cluster(root: Path) -> dict[str, Any]:
     ray_cluster._SECONDS_TO_START, ray_cluster._SECONDS_TO_ANSWER = 0.0, 1.0  # before a node can come
     with autoscaling_cluster(root) as address:
         results: dict[str, Any] = {}
-        for scenario in (killed, crowded, impossible):
+        for scenario in (killed, crowded, impossible, broken):
             folder = root / scenario.__name__
             folder.mkdir()
             messages: list[str] = []
@@ -209,7 +214,7 @@ def find_free_port() -> int:
 def killed(config: RayConfig, dataset: str, messages: list[str]) -> list[int]:
     Path(dataset, "die").touch()
     hold_until_started(dataset, 3)
-    config = replace(config, num_workers=2, num_gpus_per_worker=1)
+    config = replace(config, num_workers=2, num_gpus_per_worker=1, grace_seconds=200.0)
     return run(config, WorkConfig(dataset=dataset), messages.append)
 
 
@@ -243,6 +248,14 @@ def impossible(config: RayConfig, dataset: str, messages: list[str]) -> list[int
         stop.set()
 
     return run(replace(config, num_gpus_per_worker=3), WorkConfig(dataset=dataset), take, stop)
+
+
+def broken(config: RayConfig, dataset: str, messages: list[str]) -> str:
+    Path(dataset, "broken").touch()
+    try:
+        return f"no error, but {run(replace(config, num_workers=2), WorkConfig(dataset=dataset), print)}"
+    except OSError as error:
+        return str(error)
 
 
 def on_a_cluster_of_its_own(root: Path) -> dict[str, Any]:
@@ -334,6 +347,7 @@ def test_workers_have_accelerators_added_one_for_each_and_a_killed_one_is_starte
     starts = read_events(root, "start")
     assert {event["cuda"] for event in starts} == {"0", "1"}
     assert len({event["pid"] for event in starts}) == 3
+    assert {event["grace_seconds"] for event in starts} == {200.0}
 
 
 def test_workers_without_a_place_are_told_of_and_take_the_place_of_those_that_fail(
@@ -358,6 +372,12 @@ def test_a_place_that_the_cluster_lacks_is_named(results: tuple[Path, dict[str, 
         "the cluster has 2 CPU (2 free), 2 GPU (2 free)"
     ]
     assert read_events(root, "start") == []
+
+
+def test_a_job_whose_workers_all_fail_ends_with_the_last_reason(
+    results: tuple[Path, dict[str, Any]],
+) -> None:
+    assert results[1]["broken"]["codes"] == "every worker failed (6 workers in a row ended)"
 
 
 def test_the_cluster_of_another_is_left_as_it_is(results: tuple[Path, dict[str, Any]]) -> None:
@@ -413,6 +433,18 @@ def test_a_cluster_makes_the_dataset_that_one_process_makes(
 # Without a cluster
 
 
+def test_the_worker_of_an_actor_has_the_time_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+
+    def run_local(*args: Any) -> list[int]:
+        given.append(args[3])
+        return [0]
+
+    monkeypatch.setattr(local, "run_local", run_local)
+    assert ray_cluster.run_worker(WorkConfig(dataset="dataset"), threading.Event(), print, 300.0) == 0
+    assert given == [300.0]
+
+
 def test_without_ray_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(OSError, match=r"ray is not installed: pip install 'stablerep\[ray\]'"):
@@ -456,6 +488,28 @@ def test_a_machine_without_room_is_refused_at_once(monkeypatch: pytest.MonkeyPat
     ):
         run(config, WorkConfig(dataset="dataset"), print)
     assert ray.calls == ["init local", "shutdown"]
+
+
+def test_workers_in_other_folders_find_what_is_named_by_relative_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[WorkConfig] = []
+
+    def note(_: Any, work: WorkConfig, *__: Any) -> list[int]:
+        told.append(work)
+        return [0]
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("dataset", "sd", "taesd"):
+        (tmp_path / name).mkdir()
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setitem(sys.modules, "ray", FakeRay([{"CPU": 2}]))
+    monkeypatch.setattr("data_gen.engines.ray_cluster._Crew.run", note)
+    run(RayConfig(), WorkConfig("dataset", model="sd", tiny_vae="taesd"), print)
+    run(RayConfig(), WorkConfig("s3://bucket/dataset", model="owner/sd", tiny_vae="owner/taesd"), print)
+    places = [(work.dataset, work.model, work.tiny_vae) for work in told]
+    assert places[0] == tuple(str(tmp_path / name) for name in ("dataset", "sd", "taesd"))
+    assert places[1] == ("s3://bucket/dataset", "owner/sd", "owner/taesd")
 
 
 def test_a_cluster_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

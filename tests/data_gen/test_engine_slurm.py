@@ -18,8 +18,13 @@ import pytest
 
 from data_gen.engines import slurm
 from data_gen.engines.slurm import SlurmConfig, build_script, submit
-from data_gen.worker import EXIT_UNFINISHED, WorkConfig
+from data_gen.exit_codes import EXIT_UNFINISHED
+from data_gen.job import GenerateConfig, run
+from data_gen.storage import Store
+from data_gen.work_folder import Worker, WorkFolder
+from data_gen.worker import WorkConfig
 from stablerep.cli import main
+from tests.data_gen.light_workers import generate_command, light_environment
 from tests.data_gen.slurm_cluster import (
     GPU_DEVICES,
     SlurmCluster,
@@ -46,6 +51,8 @@ for number in (signal.SIGTERM, signal.SIGUSR1):
 def say(**event):
     names = ("SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT", "CUDA_VISIBLE_DEVICES", "SET_UP")
     event |= {name: os.environ.get(name) for name in names} | {"device": work["device"], "signals": stopped}
+    event["place"] = os.environ.get("STABLEREP_WORKER_PLACE")
+    event["is_supervised"] = os.environ.get("STABLEREP_SUPERVISOR_PID") == str(os.getppid())
     descriptor = os.open(folder / "events", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.write(descriptor, (json.dumps(event) + chr(10)).encode())
 
@@ -305,6 +312,51 @@ def test_a_worker_that_dies_while_the_time_limit_is_near_is_left_to_the_next_run
     assert task.read_calls() == ["requeue 17_2"]
 
 
+def test_a_worker_that_someone_else_stops_is_started_again(
+    start_task: Callable[..., Task], tmp_path: Path
+) -> None:
+    with held(tmp_path / "dataset"):
+        task = start_task(SlurmConfig())
+        wait_for_event(task.dataset, event="start")
+        os.kill(read_events(task.dataset)[0]["pid"], signal.SIGTERM)
+        wait_for_event(task.dataset, event="start", number=2)
+    assert task.wait() == 0
+    assert list_made(task.dataset) == ALL_SHARDS
+
+
+def test_a_worker_keeps_its_place_and_supervisor_when_it_is_started_again(
+    start_task: Callable[..., Task], tmp_path: Path
+) -> None:
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "dataset" / "die-70").touch()
+    task = start_task(SlurmConfig(gpus_per_task=2))
+    assert task.wait() == 0
+    starts = read_events(task.dataset, event="start")
+    places = {(event["device"], event["place"]) for event in starts}
+    assert len(starts) == 3
+    assert places == {(f"cuda:{index}", f"{os.uname().nodename}/17/{index}") for index in range(2)}
+    assert all(event["is_supervised"] for event in starts)
+
+
+def test_a_worker_that_fails_in_every_shard_ends_and_sets_none_aside(
+    tmp_path: Path, tiny_pipeline: Path
+) -> None:
+    """The workers themselves, of which one has a broken accelerator."""
+    captions, dataset, script = tmp_path / "captions.txt", tmp_path / "dataset", tmp_path / "task.sbatch"
+    captions.write_text("".join(f"caption {index}\n" for index in range(32)))
+    environment = light_environment(
+        tmp_path / "light", LIGHT_BROKEN_DEVICE="cuda:0", LIGHT_SECONDS="0.5", SLURM_JOB_ID="17"
+    )
+    options = ["--slurm.gpus_per_task", "2", "--slurm.max_restarts", "2", "--slurm.script", str(script)]
+    options += ["--generator.device", "auto", "--slurm.submit", "false", "--engine", "slurm"]
+    command = generate_command(captions, dataset, tiny_pipeline, *options)
+    assert subprocess.run(command, env=environment).returncode == EXIT_UNFINISHED
+    task = subprocess.run(["bash", str(script)], env=environment, capture_output=True, text=True, timeout=120)
+    assert task.returncode == 70, task.stderr
+    assert task.stderr.count("starting it again") == 2
+    assert len(list(dataset.glob("*_stats.json"))) == 8
+
+
 def test_each_accelerator_of_a_task_has_a_worker(start_task: Callable[..., Task]) -> None:
     task = start_task(SlurmConfig(gpus_per_task=3))
     assert task.wait() == 0
@@ -387,6 +439,43 @@ def test_submit_returns_the_job_id(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert submit(SlurmConfig(script=str(script)), WorkConfig(dataset="dataset")) == "4711"
     assert (tmp_path / "arguments").read_text() == f"--parsable {script}\n"
     assert script.read_text() == build_script(SlurmConfig(script=str(script)), WorkConfig(dataset="dataset"))
+
+
+def test_no_second_array_is_submitted_while_slurm_has_the_first(
+    make_config: Callable[..., GenerateConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    calls, queue = tmp_path / "calls", tmp_path / "queue"
+    write_program(tmp_path / "sbatch", f'echo sbatch >> {calls}; echo "47$(wc -l < {calls})"')
+    write_program(tmp_path / "squeue", f'echo "$@" >&2; cat {queue}')
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    config = make_config(engine="slurm", slurm=SlurmConfig(script=str(tmp_path / "job.sbatch")))
+    assert run(config) == EXIT_UNFINISHED
+    assert "Slurm job 471; " in capsys.readouterr().out
+    queue.write_text("471_0 PENDING\n")
+    assert run(config) == EXIT_UNFINISHED
+    assert "Slurm job 471 is still there, no other is submitted" in capsys.readouterr().out
+    write_program(tmp_path / "squeue", "echo 'slurm_load_jobs error: no controller' >&2; exit 1")
+    with pytest.raises(OSError, match="squeue cannot tell whether Slurm job 471 is still there: .* no contr"):
+        run(config)
+    write_program(tmp_path / "squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
+    assert run(config) == EXIT_UNFINISHED
+    assert "Slurm job 472; " in capsys.readouterr().out
+    assert WorkFolder(Store(config.output), Worker.of_this_process(), 60).list_jobs() == ["472"]
+    assert run(dataclasses.replace(config, engine="local")) == 0
+    assert not (Path(config.output) / ".work").exists()
+
+
+def test_no_array_is_submitted_for_shards_that_were_set_aside(
+    make_config: Callable[..., GenerateConfig], dataset_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in dataset_copy.glob("00001*"):
+        path.unlink()
+    WorkFolder(Store(dataset_copy), Worker.of_this_process(), 60).set_aside("00001", "its captions")
+    assert run(make_config(engine="slurm", slurm=SlurmConfig(submit=False))) == 1
+    assert "shard 00001 is set aside: its captions" in capsys.readouterr().err
 
 
 def test_a_refusal_is_told_in_slurms_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -577,7 +666,11 @@ def test_an_array_makes_the_dataset_that_one_process_makes(
     (tmp_path / "config.yaml").write_text(json.dumps(settings))
     assert main(["generate", "--config", str(tmp_path / "config.yaml")]) == EXIT_UNFINISHED
     (job,) = re.findall(r"Slurm job (\d+)", capsys.readouterr().out)
+    assert main(["generate", "--config", str(tmp_path / "config.yaml")]) == EXIT_UNFINISHED
+    assert f"Slurm job {job} is still there" in capsys.readouterr().out
     array = Array(job, tmp_path / "dataset", str(tmp_path / "job"))
     array.wait_for_states(cluster, {"COMPLETED"}, seconds=300)
     for path in sorted(finished_dataset.glob("*.tar")):
         assert (tmp_path / "dataset" / path.name).read_bytes() == path.read_bytes()
+    assert not slurm.is_queued(job)
+    assert not (tmp_path / "dataset" / ".work").exists()

@@ -229,7 +229,7 @@ def test_verify_names_each_bad_shard_and_no_other(
     assert "00000.tar: sha256" in output.err
     assert "00002.tar: not finished" in output.err
     assert "00001" not in output.err
-    assert "3 shards planned, 1 sound, 1 bad, 1 missing" in output.out
+    assert "3 shards planned, 1 sound, 1 bad, 1 missing, 0 set aside" in output.out
 
 
 @pytest.mark.parametrize(
@@ -358,7 +358,7 @@ def test_a_missing_model_is_named(
 
 
 @pytest.mark.parametrize(
-    "name", ["00000.tar", "README.md", "croissant.json", "a.parquet", "00000_stats.json"]
+    "name", ["00000.tar", "README.md", "croissant.json", "a.parquet", "00000_stats.json", "fidelity.json"]
 )
 def test_files_of_others_are_not_overwritten(name: str, make_config: MakeConfig) -> None:
     config = make_config()

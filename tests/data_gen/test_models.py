@@ -3,11 +3,13 @@
 import dataclasses
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from data_gen.models import GeneratorConfig, find_model
+from data_gen.worker import WorkConfig, build_generator_config
 from tests.data_gen.datasets import save_tiny_vae
 
 
@@ -93,3 +95,24 @@ def test_a_model_without_a_vae_takes_no_tiny_one(tiny_pipeline: Path, tmp_path: 
         ValueError, match="tiny_vae must be None for model model: its VAE is no AutoencoderKL"
     ):
         find_model(GeneratorConfig(model=str(folder), tiny_vae=str(tmp_path / "tiny-vae")))
+
+
+def test_a_worker_takes_the_commits_that_the_plan_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = dataclasses.asdict(GeneratorConfig("owner/model", tiny_vae="owner/tiny"))
+    generator["model_identity"] = "tiny_vae=commit:abc commit:def"
+    plan: Any = SimpleNamespace(manifest=SimpleNamespace(settings={"generator": generator}))
+    config = build_generator_config(plan, WorkConfig("dataset"))
+    assert (config.revision, config.tiny_vae_revision) == ("def", "abc")
+    asked: list[Any] = []
+
+    def download(hub_id: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((hub_id, revision))
+        raise OSError("offline")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(OSError, match=r"tiny_vae owner/tiny at revision abc cannot be had .*: offline"):
+        find_model(dataclasses.replace(config, model="embedded"))
+    assert asked == [("owner/tiny", "abc")]
+    generator["model_identity"] = "sha256:0123"
+    config = build_generator_config(plan, WorkConfig("dataset"))
+    assert (config.revision, config.tiny_vae_revision) == (None, None)

@@ -16,6 +16,7 @@ import pytest
 from data_gen.generator import DiffusionGenerator
 from data_gen.job import GenerateConfig, run
 from data_gen.plan import Plan
+from data_gen.regenerate import Comparison
 from data_gen.repair import RepairConfig
 from data_gen.repair import run as repair
 from data_gen.shards import list_complete_shards, read_manifest, read_samples, verify_shard
@@ -73,6 +74,15 @@ def test_extend_makes_the_missing_images_alone_and_old_ones_keep_their_bytes(
     assert files_of(dataset_copy, ".tar", ".parquet") == files_of(tmp_path / "fresh", ".tar", ".parquet")
     assert {shard.num_images_per_caption for shard in list_complete_shards(dataset_copy)} == {5}
     assert verify(VerifyConfig(str(dataset_copy), deep=True)) == 0
+
+
+def test_an_extension_counts_the_new_images_alone(
+    make_config: MakeConfig, dataset_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(make_config(num_images_per_caption=5, extend=True)) == 0
+    assert "25 images in 3 shards, 10 of them new" in capsys.readouterr().out
+    assert run(make_config(num_images_per_caption=5)) == 0
+    assert "25 images in 3 shards, 0 of them new" in capsys.readouterr().out
 
 
 def test_an_extension_that_was_interrupted_goes_on_and_can_be_extended_again(
@@ -283,7 +293,10 @@ def test_repair_adopts_requeues_and_collects_orphans(
         (dataset_copy / name).write_bytes(content)
     assert main(["repair", "--dataset", str(dataset_copy)]) == 75
     output = capsys.readouterr()
-    assert "3 shards planned, 1 sound, 1 adopted, 1 to be made; 4 left-over files removed" in output.out
+    assert (
+        "3 shards planned, 1 sound, 1 adopted, 1 to be made, 0 set aside; 4 left-over files removed"
+        in output.out
+    )
     assert "00001.tar: has" in output.err
     assert not any((dataset_copy / name).exists() for name in orphans)
     assert run(make_config()) == 0
@@ -508,6 +521,41 @@ def test_deaths_of_one_place_do_not_speak_against_a_shard_while_others_live(tmp_
     assert not folder.is_set_aside("00000")
     folder.record_death("00000", "killed", "another worker", "another place")
     assert folder.is_set_aside("00000")
+
+
+def test_a_shard_that_was_set_aside_is_told_with_its_reason(
+    dataset_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("00001.tar", "00001.parquet", "00001_stats.json"):
+        (dataset_copy / name).unlink()
+    folder_of(Store(dataset_copy), "mine").set_aside("00001", "killed (×3)")
+    assert verify(VerifyConfig(str(dataset_copy))) == 1
+    output = capsys.readouterr()
+    assert "00001.tar: not finished, set aside: killed (×3)" in output.err
+    assert "3 shards planned, 2 sound, 0 bad, 0 missing, 1 set aside" in output.out
+    assert repair(RepairConfig(str(dataset_copy))) == 1
+    output = capsys.readouterr()
+    assert "shard 00001 was set aside (killed (×3)); generate --retry_failed takes it up again" in output.err
+    assert "0 to be made, 1 set aside" in output.out
+
+
+def test_a_models_code_and_pickles_are_allowed_for_regeneration_too(
+    dataset_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def regenerate(*inputs: Any) -> Comparison:
+        asked.append(inputs)
+        return Comparison(num_equal=1)
+
+    monkeypatch.setattr("data_gen.verify.regenerate", regenerate)
+    config = VerifyConfig(
+        str(dataset_copy), regenerate=0.5, trust_remote_code=True, allow_pickle=True, num_threads=3
+    )
+    assert verify(config) == 0
+    ((_, shards, fraction, work),) = asked
+    assert (len(shards), fraction) == (3, 0.5)
+    assert (work.trust_remote_code, work.allow_pickle, work.num_threads) == (True, True, 3)
 
 
 def test_planned_captions_that_are_lost_are_named(make_config: MakeConfig, dataset_copy: Path) -> None:
