@@ -31,11 +31,11 @@ from scene_judge import SceneJudge, judge_images, load_judge
 from tqdm import tqdm
 
 from data_gen.captions import caption_id
+from data_gen.diffusion.generator import DiffusionGenerator, ImageRequest
+from data_gen.diffusion.models import GeneratorConfig, find_model
 from data_gen.embedded.examples import SceneBank
 from data_gen.embedded.text import NUM_TOKENIZER_CAPTIONS, draw_training_captions
 from data_gen.embedded.training import StageConfig, draws_of
-from data_gen.generator import DiffusionGenerator, ImageRequest
-from data_gen.models import GeneratorConfig, find_model
 from data_gen.scene_rendering import render
 from data_gen.scenes import (
     CATEGORIES,

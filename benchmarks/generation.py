@@ -269,7 +269,7 @@ def build_loop(task: Task) -> Callable[[list[str], Path], Report]:
     """Loads a pipeline; what comes back is the loop that people write around it."""
     import diffusers
 
-    from data_gen.models import GeneratorConfig, find_model
+    from data_gen.diffusion.models import GeneratorConfig, find_model
 
     diffusers.utils.logging.disable_progress_bar()
     folder = find_model(GeneratorConfig(model=task.model)).folder
@@ -301,10 +301,10 @@ def build_loop(task: Task) -> Callable[[list[str], Path], Report]:
 
 def build_ours(side: Side, task: Task) -> Callable[[list[str], Path], Report]:
     """What comes back makes a dataset of one shard with a model that is loaded once."""
-    from data_gen import shard_job, worker
+    from data_gen.diffusion.models import GeneratorConfig
     from data_gen.exit_codes import EXIT_DONE
-    from data_gen.job import GenerateConfig
-    from data_gen.models import GeneratorConfig
+    from data_gen.job import shard_job, worker
+    from data_gen.job.generate import GenerateConfig
 
     load_generator = worker.load_generator
     loaded: list[Any] = []
@@ -358,8 +358,8 @@ def build_ours(side: Side, task: Task) -> Callable[[list[str], Path], Report]:
 
 def freeze(config: Any) -> Any:
     """The plan of a new dataset."""
-    from data_gen.freeze import draft_plan, freeze_plan
-    from data_gen.models import find_model
+    from data_gen.diffusion.models import find_model
+    from data_gen.job.freeze import draft_plan, freeze_plan
     from data_gen.storage import Store
 
     store = Store(config.output)
@@ -470,8 +470,8 @@ def count_gigaflops(task: Task) -> float:
     """GFLOPs of one image, from runs of one and of two steps."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    from data_gen.models import GeneratorConfig, find_model
-    from data_gen.pipelines import load_pipeline
+    from data_gen.diffusion.models import GeneratorConfig, find_model
+    from data_gen.diffusion.pipelines import load_pipeline
 
     config = GeneratorConfig(model=task.model, dtype=task.dtype)
     pipeline = load_pipeline(config, find_model(config)).to(task.device)

@@ -25,7 +25,7 @@ from data_gen.croissant import (
     build_checksums,
     build_croissant,
 )
-from data_gen.fidelity import FIDELITY_NAME, read_fidelity
+from data_gen.diffusion.fidelity import FIDELITY_NAME, read_fidelity
 from data_gen.shards import MANIFEST_NAME, DatasetManifest, Shard, read_failures, to_json
 from data_gen.storage import Store
 
@@ -131,7 +131,7 @@ def build_card(
         failures_by_reason: Captions without images, by reason.
         stated_header: Header of an earlier card; its licence and the keys that are not ours are taken over.
         remarks: Text of a person, taken over.
-        fidelity: The report of `data_gen.fidelity`; None where there is none.
+        fidelity: The report of `data_gen.diffusion.fidelity`; None where there is none.
     """
     num_images = sum(shard.num_images for shard in shards)
     num_captions = sum(shard.num_samples for shard in shards)

@@ -13,9 +13,9 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 
 from data_gen.images import decode_image, encode_image
-from data_gen.plan import Plan
+from data_gen.job.plan import Plan
+from data_gen.job.worker import WorkConfig, load_generator
 from data_gen.shards import Sample, Shard, read_samples
-from data_gen.worker import WorkConfig, load_generator
 
 MAX_MEAN_DIFFERENCE = 8.0
 """Mean absolute difference of decoded pixels, of 255 levels, that another fingerprint may bring."""
@@ -51,7 +51,7 @@ def regenerate(plan: Plan, shards: list[Shard], fraction: float, config: WorkCon
         OSError: The model cannot be loaded.
         ValueError: It is not the plan's model.
     """
-    from data_gen.generator import ImageRequest
+    from data_gen.diffusion.generator import ImageRequest
 
     generator = load_generator(plan, config)
     comparison = Comparison()

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from data_gen.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_UNFINISHED
-from data_gen.plan import Plan
-from data_gen.progress import list_finished
-from data_gen.shard_job import adopt_shard
+from data_gen.job.plan import Plan
+from data_gen.job.progress import list_finished
+from data_gen.job.shard_job import adopt_shard
+from data_gen.job.work_folder import Worker, WorkFolder
+from data_gen.job.worker import say
 from data_gen.shards import (
     Shard,
     ShardError,
@@ -21,8 +23,6 @@ from data_gen.shards import (
     verify_shard,
 )
 from data_gen.storage import Store
-from data_gen.work_folder import Worker, WorkFolder
-from data_gen.worker import say
 
 
 @dataclass(frozen=True)

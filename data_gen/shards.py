@@ -1,12 +1,12 @@
 """THE CONTRACT: what a dataset of generated images is on disk, and how it is read.
 
     dataset.json       the plan (DatasetManifest)
-    captions/          the planned captions, in parquet files (data_gen.planning)
+    captions/          the planned captions, in parquet files (data_gen.captions.planning)
     00000.tar          WebDataset; a sample is a caption: {key}.json, {key}.txt, {key}.0.jpg … {key}.{m-1}.jpg
     00000.parquet      one row an image
     00000_stats.json   counts, seconds, sha256 and sizes; written last: it is the completion marker
     fingerprints/      the machine settings that images were made under, by their id
-    .work/             of a job that is not finished (data_gen.work_folder); readers need nothing of it
+    .work/             of a job that is not finished (data_gen.job.work_folder); readers need nothing of it
 
 A dataset is a local folder or an fsspec URL. Nothing here imports torch or diffusers, so that a data loader's
 workers start quickly. The writer is in `data_gen.shard_writer`.

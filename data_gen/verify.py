@@ -7,12 +7,12 @@ import pyarrow.parquet as pq
 
 from data_gen.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_UNFINISHED
 from data_gen.images import decode_image
-from data_gen.plan import Plan
+from data_gen.job.plan import Plan
+from data_gen.job.work_folder import Worker, WorkFolder
+from data_gen.job.worker import WorkConfig
 from data_gen.regenerate import regenerate
 from data_gen.shards import Shard, ShardError, read_samples, read_shard, verify_shard
 from data_gen.storage import Store
-from data_gen.work_folder import Worker, WorkFolder
-from data_gen.worker import WorkConfig
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,11 @@ class Verb(NamedTuple):
 
 
 VERBS: dict[str, Verb] = {
-    "generate": Verb("data_gen.job", "GenerateConfig", "captions to shards of images, by a diffusion model"),
-    "work": Verb("data_gen.worker", "WorkConfig", "join a dataset's generation job as one more worker"),
-    "status": Verb("data_gen.status", "StatusConfig", "how far a dataset's generation job has come"),
+    "generate": Verb(
+        "data_gen.job.generate", "GenerateConfig", "captions to shards of images, by a diffusion model"
+    ),
+    "work": Verb("data_gen.job.worker", "WorkConfig", "join a dataset's generation job as one more worker"),
+    "status": Verb("data_gen.job.status", "StatusConfig", "how far a dataset's generation job has come"),
     "verify": Verb("data_gen.verify", "VerifyConfig", "check a dataset's sizes, hashes and counts"),
     "repair": Verb("data_gen.repair", "RepairConfig", "bring a dataset's folder into order after a disaster"),
     "browse": Verb("data_gen.browse", "BrowseConfig", "static pages to look through a dataset"),

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from data_gen.job import GenerateConfig, run
-from data_gen.models import GeneratorConfig
+from data_gen.diffusion.models import GeneratorConfig
+from data_gen.job.generate import GenerateConfig, run
 
 CAPTIONS = [
     "a red cube",

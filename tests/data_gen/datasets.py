@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
-from data_gen.noise import draw_noise, image_seed
+from data_gen.diffusion.noise import draw_noise, image_seed
 from data_gen.shard_writer import ShardWriter, write_manifest
 from data_gen.shards import SCHEMA_VERSION, DatasetManifest, Sample, Shard, hash_settings
 
@@ -16,7 +16,7 @@ FINGERPRINT = "0123456789ab"
 
 @dataclass(frozen=True)
 class Request:
-    """Stands in for data_gen.generator.ImageRequest."""
+    """Stands in for data_gen.diffusion.generator.ImageRequest."""
 
     key: str
     text: str

@@ -1,4 +1,4 @@
-"""Worker processes that start in a moment: noise replaces `data_gen.generator`, so torch is not imported.
+"""Worker processes that start in a moment: noise replaces `data_gen.diffusion.generator` and its torch.
 
 Python runs `sitecustomize.py` from its path before anything else; it puts the stand-in into `sys.modules`.
 
@@ -25,7 +25,7 @@ class _Finder:
     """Builds the stand-in when it is first imported, not at every start of Python."""
 
     def find_spec(self, name, path=None, target=None):
-        if name != "data_gen.generator":
+        if name != "data_gen.diffusion.generator":
             return None
         from importlib.machinery import ModuleSpec
         return ModuleSpec(name, self)

@@ -16,8 +16,10 @@ from PIL import Image
 
 from data_gen.captions import caption_id
 from data_gen.card import REMARKS_LINE, build_card, write_card
-from data_gen.generator import DiffusionGenerator
-from data_gen.job import GenerateConfig, run
+from data_gen.diffusion.generator import DiffusionGenerator
+from data_gen.job.generate import GenerateConfig, run
+from data_gen.job.worker import WorkConfig
+from data_gen.job.worker import run as run_worker
 from data_gen.repair import RepairConfig
 from data_gen.repair import run as repair
 from data_gen.shard_writer import ShardWriter, write_manifest
@@ -31,8 +33,6 @@ from data_gen.shards import (
     list_complete_shards,
 )
 from data_gen.storage import Store
-from data_gen.worker import WorkConfig
-from data_gen.worker import run as run_worker
 from tests.data_gen.conftest import CAPTIONS
 
 NUM_IMAGES, NUM_CAPTIONS_PER_SHARD = 2, 6

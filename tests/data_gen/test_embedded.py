@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from data_gen.diffusion.generator import DiffusionGenerator
+from data_gen.diffusion.models import GeneratorConfig, find_model
 from data_gen.embedded import examples
 from data_gen.embedded.autoencoder import build_autoencoder, standardise_latents, to_signed
 from data_gen.embedded.denoiser import build_scheduler, velocity
@@ -23,8 +25,6 @@ from data_gen.embedded.training import (
     indices_of,
     train_stage,
 )
-from data_gen.generator import DiffusionGenerator
-from data_gen.models import GeneratorConfig, find_model
 from data_gen.scenes import HELD_OUT_COMBINATIONS, Description, Mention, sample_captions
 
 UNICODE = "naïve 日本語 🦄 ça ﬀ\u0301 Ωμέγα, \t tab"

@@ -8,15 +8,15 @@ import pytest
 from numpy.typing import NDArray
 
 from data_gen.captions import caption_id
-from data_gen.embedded import train
-from data_gen.generator import DiffusionGenerator, ImageRequest, load_pipeline
-from data_gen.models import (
+from data_gen.diffusion.generator import DiffusionGenerator, ImageRequest, load_pipeline
+from data_gen.diffusion.models import (
     BOUNDED_NOISE_SCHEDULERS,
     EMBEDDED_FOLDER,
     SCHEDULERS,
     GeneratorConfig,
     find_model,
 )
+from data_gen.embedded import train
 
 MAX_BYTES = 16_000_000
 NUM_STEPS = 12

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_gen.generator import DiffusionGenerator
+from data_gen.diffusion.generator import DiffusionGenerator
 from data_gen.verify import VerifyConfig
 from data_gen.verify import run as verify
 
