@@ -5,7 +5,7 @@
 
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -18,6 +18,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 BACKBONE_SCHEMA_VERSION = 1
 _CHECKPOINT_KEY = "stablerep_backbone"
+
+ProjectionNorm = Literal["batchnorm_per_view", "batchnorm_all_views", "layernorm"]
 
 
 def build_backbone(name: str, image_size: int, backbone_options: dict[str, Any] | None = None) -> nn.Module:
@@ -64,39 +66,51 @@ def build_backbone(name: str, image_size: int, backbone_options: dict[str, Any] 
 
 
 class ProjectionHead(nn.Sequential):
-    """D → hidden → hidden → out: Linear, BatchNorm, ReLU, Linear, BatchNorm, ReLU, Linear.
+    """D → hidden → hidden → out: Linear, norm, ReLU, Linear, norm, ReLU, Linear.
 
-    It is applied view by view, so that BatchNorm's statistics are those of one view of each caption.
-    The module turns the norms into SyncBatchNorm when ranks hold accelerators; torch has none for CPU ranks,
+    The module turns BatchNorm into SyncBatchNorm when ranks hold accelerators; torch has none for CPU ranks,
     whose statistics are each rank's own.
 
     Args:
         in_features: Width of the backbone's features.
         hidden_features: Width of the two hidden layers.
         out_features: Width of the embeddings.
+        norm: "batchnorm_per_view" (published) takes BatchNorm's statistics over one view of each caption,
+            "batchnorm_all_views" over all images of the rank; "layernorm" normalises each image by itself.
 
     Reference:
         Tian et al., StableRep, arXiv 2306.00984, appendix.
     """
 
-    def __init__(self, in_features: int, hidden_features: int = 4096, out_features: int = 256) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int = 4096,
+        out_features: int = 256,
+        norm: ProjectionNorm = "batchnorm_per_view",
+    ) -> None:
+        norm_layer = nn.LayerNorm if norm == "layernorm" else nn.BatchNorm1d
         super().__init__(
             nn.Linear(in_features, hidden_features),
-            nn.BatchNorm1d(hidden_features),
+            norm_layer(hidden_features),
             nn.ReLU(inplace=True),
             nn.Linear(hidden_features, hidden_features),
-            nn.BatchNorm1d(hidden_features),
+            norm_layer(hidden_features),
             nn.ReLU(inplace=True),
             nn.Linear(hidden_features, out_features),
         )
+        self.norm = norm
 
     def project_views(self, features: Tensor) -> Tensor:
-        """Embeddings of all views, with BatchNorm's statistics taken view by view.
+        """Embeddings of all views.
 
         Shapes:
             features [num_captions, num_views, D] -> [num_captions, num_views, out_features]
         """
-        return torch.stack([self(view) for view in features.unbind(dim=1)], dim=1)
+        if self.norm == "batchnorm_per_view":
+            return torch.stack([self(view) for view in features.unbind(dim=1)], dim=1)
+        embeddings: Tensor = self(features.flatten(0, 1))
+        return embeddings.unflatten(0, features.shape[:2])
 
 
 def describe_backbone(backbone: nn.Module) -> dict[str, Any]:
@@ -116,19 +130,21 @@ def add_backbone_to_checkpoint(checkpoint: dict[str, Any], backbone: nn.Module) 
     checkpoint[_CHECKPOINT_KEY] = describe_backbone(backbone)
 
 
-def load_backbone(checkpoint: str | Path, *, random_init: bool = False) -> nn.Module:
+def load_backbone(checkpoint: str | Path, *, random_init: bool = False, ema: bool = False) -> nn.Module:
     """The backbone of a checkpoint that `stablerep fit` wrote, in eval mode, on the CPU.
 
     Args:
         checkpoint: Path of the checkpoint; web addresses are refused.
         random_init: Build the same architecture with fresh weights (torch's global seed) instead.
+        ema: Take the moving average of the weights (`model.ema_decay`) in place of the weights.
 
     Returns:
         The timm model with the attributes architecture, image_size, mean, std, num_features.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is not a checkpoint of this project, or its weights do not fit.
+        ValueError: If the file is not a checkpoint of this project, its weights do not fit, or it has no
+            moving average and `ema` asks for it.
     """
     path = Path(checkpoint)
     if not path.is_file():
@@ -146,9 +162,11 @@ def load_backbone(checkpoint: str | Path, *, random_init: bool = False) -> nn.Mo
     backbone.mean = tuple(description["mean"])  # type: ignore[assignment]
     backbone.std = tuple(description["std"])  # type: ignore[assignment]
     if not random_init:
-        prefix = "backbone."
+        prefix = "ema_backbone." if ema else "backbone."
         state = content["state_dict"]
         weights = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
+        if ema and not weights:
+            raise ValueError(f"checkpoint {path} has no moving average of its weights: ema needs ema_decay")
         try:
             backbone.load_state_dict(weights)
         except RuntimeError as error:

@@ -1,84 +1,83 @@
-"""StableRep as a LightningModule: features of all views, embeddings view by view, the multi-positive loss.
+"""StableRep as a LightningModule: features of all views, their embeddings, the losses on them, the optimizer.
 
-The published rule for the learning rate is blr · (captions · ranks · views / 256) · (crops / 2); a view is
-one crop of one image, so lr = blr · images_per_step / 512. The published run: 43 captions · 32 ranks · 6
-views = 8256 images a step, 2e-4 · 8256 / 512 = 3.225e-3.
+    images ─▶ backbone ─▶ features ─┬─▶ projection_head ─▶ embeddings ─▶ image_loss_weight · image loss
+                                    └─▶ text_head ◀─ text_tower ◀─ captions: text.loss_weight · text loss
+
+What is compared with StableRep goes through the same module, and so shares all else:
+
+    objective        text   image_loss_weight   data.positives   positives of an image
+    stablerep        -      1                   caption          the other images of its caption
+    stablerep_plus   yes    1                   caption          these, and the caption
+    simclr           -      1                   image            the other crops of the image: NT-Xent
+    supcon           -      1                   class            the images of its class
+    clip             yes    0                   caption          the caption, with one view of each
 """
 
+import copy
 import logging
-import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from stablerep import distributed
-from stablerep.backbones import ProjectionHead, add_backbone_to_checkpoint, build_backbone
-from stablerep.losses import multi_positive_contrastive_loss, normalize_embeddings
-from stablerep.stream import Batch
+from stablerep.backbones import (
+    ProjectionHead,
+    ProjectionNorm,
+    add_backbone_to_checkpoint,
+    build_backbone,
+)
+from stablerep.collapse import embedding_std, positives_per_anchor, rank_me
+from stablerep.finite import FiniteWatch
+from stablerep.losses import multi_positive_contrastive_loss
+from stablerep.memory import EmbeddingMemory
+from stablerep.micro_batches import run_in_parts
+from stablerep.optimizer import (
+    PUBLISHED_OPTIMIZER,
+    OptimizerConfig,
+    learning_rate_factor,
+    split_by_decay,
+    update_average,
+)
+from stablerep.sharding import shard, whole
+from stablerep.text import ImageTextHead, TextConfig, Tokenizer, build_text_tower
 
 logger = logging.getLogger(__name__)
 
-
-class NonFiniteLossError(ValueError):
-    """The loss or its gradient is NaN or infinite: no optimizer step is taken with it."""
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW with linear warm-up and a cosine to 0, per step.
-
-    Attributes:
-        base_learning_rate: blr of the published rule lr = blr · images_per_step / 512.
-        learning_rate: Peak learning rate in place of the rule's.
-        weight_decay: Decoupled decay of parameters with two or more dimensions; the others have none.
-        betas: Decay rates of AdamW's two moments.
-        num_warmup_steps: Steps of the linear warm-up.
-    """
-
-    base_learning_rate: float = 2e-4
-    learning_rate: float | None = None
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.98)
-    num_warmup_steps: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("base_learning_rate", "learning_rate"):
-            if (value := getattr(self, name)) is not None and not value > 0:
-                raise ValueError(f"{name} must be > 0, got {value}")
-        if self.num_warmup_steps < 0:
-            raise ValueError(f"num_warmup_steps must be >= 0, got {self.num_warmup_steps}")
-
-    def peak_learning_rate(self, num_images_per_step: int) -> float:
-        """learning_rate where given, else base_learning_rate · num_images_per_step / 512."""
-        return self.learning_rate or self.base_learning_rate * num_images_per_step / 512
-
-
-def learning_rate_factor(step: int, num_warmup_steps: int, num_steps: int) -> float:
-    """Share of the peak at a step: (step + 1) / warm-up, then ½(1 + cos π t), 0 at num_steps."""
-    if step < num_warmup_steps:
-        return (step + 1) / num_warmup_steps
-    progress = (step - num_warmup_steps) / max(1, num_steps - num_warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+Objective = Literal["stablerep", "stablerep_plus", "simclr", "supcon", "clip"]
+Positives = Literal["caption", "image", "class"]
 
 
 class StableRep(pl.LightningModule):
-    """min over backbone f and head h of the multi-positive loss of h(f(x)) (see `stablerep.losses`).
+    """min over backbone f and heads of w1 · image loss + w2 · text loss of f(x) (see `stablerep.losses`).
 
     Args:
         backbone: timm name of a vision transformer with a class token.
-        backbone_options: Further arguments of the timm model: patch_size, embed_dim, depth, num_heads.
+        backbone_options: Further arguments of the timm model: patch_size, embed_dim, depth, num_heads,
+            drop_path_rate.
         image_size: Side of the square input, pixels; the data's.
         projection_hidden_features: Width of the head's two hidden layers.
         projection_out_features: Width of the embeddings.
-        temperature: τ of the loss, > 0.
-        optimizer: Learning rate, decay and schedule.
-        num_captions_per_rank: Captions in a batch of one rank, for the learning rate; the data's.
-        num_views_per_caption: Views of each caption, for the learning rate; the data's.
+        projection_norm: Norm of the head's hidden layers (see `ProjectionHead`).
+        temperature: τ of the image loss, > 0.
+        image_loss_weight: w1, the weight of the image loss, >= 0; 0 trains CLIP and needs `text`.
+        queue_size: Embeddings of earlier steps that the image loss compares with too, >= 0; 0 is off. For
+            batches that memory keeps small.
+        text: The text tower of StableRep+ and CLIP; null is none.
+        optimizer: Learning rate, decay, schedule, clipping and averaging of the weights.
+        num_captions_per_microbatch: Captions whose activations are in memory at a time, >= 1: the backbones
+            run once more in the backward, and the gradient stays that of the whole batch. Null is all.
+        gradient_checkpointing: Keep the activations of one transformer block at a time instead, likewise
+            computed again.
         compile_backbone: Run the backbone through torch.compile.
+        num_captions_per_rank: Captions in a batch of one rank, for the learning rate; the data's.
+        num_views_per_caption: Views of each caption, >= 2 (1 for CLIP); the data's.
+        positives: What the labels of the batch tell apart; the data's.
+
+    Raises:
+        ValueError: If an option is out of its bound, or two contradict each other.
 
     Reference:
         Tian et al., StableRep, arXiv 2306.00984, section 3.
@@ -91,27 +90,63 @@ class StableRep(pl.LightningModule):
         image_size: int = 224,
         projection_hidden_features: int = 4096,
         projection_out_features: int = 256,
+        projection_norm: ProjectionNorm = "batchnorm_per_view",
         temperature: float = 0.1,
-        optimizer: OptimizerConfig = OptimizerConfig(),
+        image_loss_weight: float = 1.0,
+        queue_size: int = 0,
+        text: TextConfig | None = None,
+        optimizer: OptimizerConfig = PUBLISHED_OPTIMIZER,
+        num_captions_per_microbatch: int | None = None,
+        gradient_checkpointing: bool = False,
+        compile_backbone: bool = False,
         num_captions_per_rank: int = 64,
         num_views_per_caption: int = 6,
-        compile_backbone: bool = False,
+        positives: Positives = "caption",
     ) -> None:
         super().__init__()
         if not temperature > 0:
             raise ValueError(f"temperature must be > 0, got {temperature}")
-        self.backbone = build_backbone(backbone, image_size, backbone_options)
-        self.projection_head = ProjectionHead(
-            int(self.backbone.num_features),  # type: ignore[arg-type]
-            projection_hidden_features,
-            projection_out_features,
+        if queue_size < 0:
+            raise ValueError(f"queue_size must be >= 0, got {queue_size}")
+        if num_captions_per_microbatch is not None and num_captions_per_microbatch < 1:
+            raise ValueError(f"num_captions_per_microbatch must be >= 1, got {num_captions_per_microbatch}")
+        self.objective = find_objective(
+            image_loss_weight, text is not None, positives, num_views_per_caption, queue_size
         )
-        self.temperature = temperature
-        self.optimizer_config = optimizer
-        self.num_captions_per_rank = num_captions_per_rank
-        self.num_views_per_caption = num_views_per_caption
+        self.backbone = build_backbone(backbone, image_size, backbone_options)
+        num_features = int(self.backbone.num_features)  # type: ignore[arg-type]
+        self.projection_head: ProjectionHead | None = None
+        if image_loss_weight:
+            self.projection_head = ProjectionHead(
+                num_features, projection_hidden_features, projection_out_features, projection_norm
+            )
+        self.queue = EmbeddingMemory(queue_size, projection_out_features) if queue_size else None
+        self.text_tower: nn.Module | None = None
+        self.text_head: ImageTextHead | None = None
+        if text is not None:
+            self.text_tower = build_text_tower(text)
+            self.text_head = ImageTextHead(num_features, text)
+            self._tokenize = Tokenizer(text.context_length)
+        self.ema_backbone: nn.Module | None = None
+        if optimizer.ema_decay is not None:
+            self.ema_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
+        if gradient_checkpointing:
+            for tower in (self.backbone, self.text_tower):
+                if tower is not None:
+                    tower.set_grad_checkpointing(True)  # type: ignore[operator]
         if compile_backbone:
             self.backbone.compile()
+        self.temperature = temperature
+        self.image_loss_weight = image_loss_weight
+        self.optimizer_config = optimizer
+        self.num_captions_per_microbatch = num_captions_per_microbatch
+        self.num_captions_per_rank = num_captions_per_rank
+        self.num_views_per_caption = num_views_per_caption
+        self.finite_watch = FiniteWatch()
+        # The queue is the same on every rank as it is; DDP would send it from the first rank at each step.
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+            self, [name for name, _ in self.named_buffers() if name.startswith("queue.")]
+        )
         self.save_hyperparameters(
             {  # plain types only, so that a checkpoint loads with weights_only
                 "backbone": backbone,
@@ -119,17 +154,36 @@ class StableRep(pl.LightningModule):
                 "image_size": image_size,
                 "projection_hidden_features": projection_hidden_features,
                 "projection_out_features": projection_out_features,
+                "projection_norm": projection_norm,
                 "temperature": temperature,
-                "optimizer": asdict(optimizer) | {"betas": list(optimizer.betas)},
+                "image_loss_weight": image_loss_weight,
+                "queue_size": queue_size,
+                "text": None if text is None else text.to_plain(),
+                "optimizer": optimizer.to_plain(),
+                "num_captions_per_microbatch": num_captions_per_microbatch,
+                "gradient_checkpointing": gradient_checkpointing,
                 "num_captions_per_rank": num_captions_per_rank,
                 "num_views_per_caption": num_views_per_caption,
+                "positives": positives,
             }
         )
 
     def setup(self, stage: str) -> None:
         """Synchronises BatchNorm over ranks where torch can: on accelerators."""
         if distributed.world_size() > 1 and self.trainer.strategy.root_device.type == "cuda":
-            self.projection_head = nn.SyncBatchNorm.convert_sync_batchnorm(self.projection_head)
+            for name in ("projection_head", "text_head"):
+                if (head := getattr(self, name)) is not None:
+                    setattr(self, name, nn.SyncBatchNorm.convert_sync_batchnorm(head))
+
+    def configure_model(self) -> None:
+        """Splits the weights over the ranks, where the trainer's strategy is the sharded one."""
+        if self.device_mesh is None:
+            return
+        mesh = self.device_mesh["data_parallel"]
+        parts = (self.backbone, self.projection_head, self.text_tower, self.text_head, self.ema_backbone)
+        for part in parts:
+            if part is not None:
+                shard(part, mesh)
 
     def forward(self, images: Tensor) -> Tensor:
         """Features: the class token after the final norm.
@@ -140,52 +194,115 @@ class StableRep(pl.LightningModule):
         features: Tensor = self.backbone(images)
         return features
 
-    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        """Loss of one batch.
+    def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
+        """Loss of one batch (see `stablerep.stream`).
 
         Raises:
-            NonFiniteLossError: Before the optimizer steps; as each rank's loss holds the embeddings of all
-                ranks, they stop together.
+            NonFiniteLossError: Before the optimizer steps on a CPU, a step later elsewhere; as each rank's
+                loss holds the embeddings of all ranks, they stop together.
+            ValueError: If a text tower finds no captions.
         """
+        self.finite_watch.settle()
+        tokens = self._read_tokens(batch)  # on the host, while the device is still at the step before
         num_captions, num_views = batch["images"].shape[:2]
-        features = self(batch["images"].flatten(0, 1)).unflatten(0, (num_captions, num_views))
-        embeddings = self.projection_head.project_views(features).flatten(0, 1)  # [captions · views, D]
-        labels = batch["labels"].repeat_interleave(num_views)
-        result = multi_positive_contrastive_loss(embeddings, labels, self.temperature)
-        if not torch.isfinite(result.loss):
-            raise NonFiniteLossError(
-                f"loss is {result.loss.item()} at step {self.global_step} with learning rate "
-                f"{self._learning_rate():.3g}: training stops before the weights are changed"
+        features = self._run(self.backbone, batch["images"].flatten(0, 1), num_views)
+        features = features.unflatten(0, (num_captions, num_views))
+        losses, embeddings = [], features
+        if tokens is not None:
+            text_loss, embeddings = self._text_loss(features, tokens, batch["labels"])
+            losses.append(text_loss)
+        if self.projection_head is not None:
+            embeddings = self.projection_head.project_views(features).flatten(0, 1)  # [captions · views, D]
+            losses.append(self._image_loss(embeddings, batch["labels"].repeat_interleave(num_views)))
+        loss = torch.stack(losses).sum()
+        self.finite_watch.watch("loss", loss, self.global_step, self._learning_rate())
+        if self.queue is not None:
+            self.queue.push(embeddings, batch["labels"].repeat_interleave(num_views))
+        if self._is_log_step():
+            self._log_step(batch, loss, embeddings.detach())
+        return loss
+
+    def _run(self, tower: nn.Module, rows: Tensor, num_rows_per_caption: int) -> Tensor:
+        """The tower's output, in micro-batches where they are asked for."""
+        num_captions = self.num_captions_per_microbatch
+        return run_in_parts(
+            tower, rows, None if num_captions is None else num_captions * num_rows_per_caption
+        )
+
+    def _image_loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        queue = None if self.queue is None else self.queue.read()
+        result = multi_positive_contrastive_loss(embeddings, labels, self.temperature, queue)
+        if self._is_log_step():
+            self.log("image_loss", result.loss.detach(), batch_size=len(labels))
+            self.log(
+                "anchors_without_positive",
+                result.num_anchors_without_positive.float(),
+                batch_size=len(labels),
             )
-        self._log_step(batch, result.loss, embeddings, labels, int(result.num_anchors_without_positive))
-        return result.loss
+        return self.image_loss_weight * result.loss
+
+    def _text_loss(self, features: Tensor, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The weighted image–text loss, and the projected images [captions · views, D]."""
+        assert self.text_tower is not None
+        assert self.text_head is not None
+        result = self.text_head(features, self._run(self.text_tower, tokens, 1), labels)
+        if self._is_log_step():
+            self.log("text_loss", result.loss.loss.detach(), batch_size=len(labels))
+            self.log("logit_scale", result.scale.detach(), batch_size=len(labels))
+        return self.text_head.loss_weight * result.loss.loss, result.images
+
+    def _read_tokens(self, batch: dict[str, Any]) -> Tensor | None:
+        """The captions' tokens on the device; the batch's own where a worker made them."""
+        if self.text_tower is None:
+            return None
+        tokens: Tensor | None = batch.get("tokens")
+        if tokens is None:
+            captions = batch.get("captions") or [""] * len(batch["labels"])
+            if num_empty := sum(not caption for caption in captions):
+                raise ValueError(
+                    f"model.text needs the caption of each image, {num_empty} of {len(captions)} have none"
+                )
+            tokens = self._tokenize(captions)
+            if self.device.type == "cuda":
+                tokens = tokens.pin_memory()
+        return tokens.to(self.device, non_blocking=True)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Looks at the gradient, which the ranks share by now.
+        """Looks at the gradient, which the ranks share by now, and cuts it where it is too long.
 
         Raises:
-            NonFiniteLossError: Before the optimizer steps. The scaler of fp16 skips such steps by itself.
+            NonFiniteLossError: As for `training_step`. The scaler of fp16 skips such steps by itself.
         """
-        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
-            return
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
-        if not torch.isfinite(norm):
-            raise NonFiniteLossError(
-                f"gradient norm is {norm.item()} at step {self.global_step} with learning rate "
-                f"{self._learning_rate():.3g}: training stops before the weights are changed"
-            )
+        parameters = [parameter for parameter in self.parameters() if parameter.grad is not None]
+        norm = whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            self.finite_watch.watch("gradient norm", norm, self.global_step, self._learning_rate())
+        if (limit := self.optimizer_config.max_gradient_norm) is not None:
+            nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        if self._is_log_step():
+            self.log("gradient_norm", norm, batch_size=self.num_captions_per_rank)
 
-    def _log_step(
-        self, batch: Batch, loss: Tensor, embeddings: Tensor, labels: Tensor, num_without_positive: int
-    ) -> None:
-        _, counts = labels.unique(return_counts=True)
-        spread = normalize_embeddings(embeddings.detach()).std(dim=0).mean() * embeddings.shape[1] ** 0.5
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """The optimizer's step; then what follows from the new weights."""
+        super().optimizer_step(*args, **kwargs)
+        if self.text_head is not None:
+            self.text_head.clamp_logit_scale()
+        if self.ema_backbone is not None and self.optimizer_config.ema_decay is not None:
+            update_average(self.ema_backbone, self.backbone, self.optimizer_config.ema_decay)
+
+    def _is_log_step(self) -> bool:
+        """Whether Lightning writes this step's figures: only then are they computed."""
+        every = max(1, self.trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        return (self.global_step + 1) % every == 0
+
+    def _log_step(self, batch: dict[str, Any], loss: Tensor, embeddings: Tensor) -> None:
+        labels = distributed.all_gather_rows(batch["labels"].repeat_interleave(batch["images"].shape[1]))
         values: dict[str, Any] = {
             "learning_rate": self._learning_rate(),
-            "positives_per_anchor": (counts * (counts - 1)).sum().float() / len(labels),
-            "anchors_without_positive": float(num_without_positive),
-            "embedding_std": spread,  # of unit embeddings, times √D: 1 when spread evenly, 0 when collapsed
-            "images_dropped": float(batch.get("num_images_dropped", 0)),
+            "positives_per_anchor": positives_per_anchor(labels),
+            "embedding_std": embedding_std(embeddings),
+            "rank_me": rank_me(embeddings),
+            "captions_dropped": float(sum(batch.get("num_dropped", ()))),  # and replaced by others
         }
         self.log("loss", loss.detach(), prog_bar=True, batch_size=len(batch["labels"]))
         self.log_dict(values, batch_size=len(batch["labels"]))
@@ -198,29 +315,32 @@ class StableRep(pl.LightningModule):
         if (num_batches := self.trainer.accumulate_grad_batches) != 1:
             raise ValueError(
                 "trainer.accumulate_grad_batches must be 1, as the loss compares all images of a step, got "
-                f"{num_batches}"
+                f"{num_batches}; model.num_captions_per_microbatch saves memory instead"
             )
         config, num_steps = self.optimizer_config, self._num_steps()
+        num_warmup_steps = config.count_warmup_steps(self._num_steps_per_epoch())
         num_ranks = distributed.world_size()
         num_images = self.num_captions_per_rank * num_ranks * self.num_views_per_caption
-        peak = config.peak_learning_rate(num_images)
         logger.info(
-            "%d captions x %d ranks x %d views = %d images a step; "
-            "peak learning rate %.4g, %d steps, warm-up %d",
-            *(self.num_captions_per_rank, num_ranks, self.num_views_per_caption, num_images, peak),
-            *(num_steps, config.num_warmup_steps),
+            "%s: %d captions x %d ranks x %d views = %d images a step; %d steps, warm-up %d, %d images seen",
+            *(self.objective, self.num_captions_per_rank, num_ranks, self.num_views_per_caption, num_images),
+            *(num_steps, num_warmup_steps, num_steps * num_images),
         )
+        logger.info("peak learning rate %s", config.explain_peak(num_images))
         decayed, others = split_by_decay(self.parameters())
+        has_scaler = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         optimizer = torch.optim.AdamW(
             [
                 {"params": decayed, "weight_decay": config.weight_decay},
                 {"params": others, "weight_decay": 0.0},
             ],
-            lr=peak,
+            lr=config.peak_learning_rate(num_images),
             betas=config.betas,
+            # With a scaler, fused AdamW would unscale within the step, after the norm was taken.
+            fused=self.trainer.strategy.root_device.type == "cuda" and not has_scaler,
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: learning_rate_factor(step, config.num_warmup_steps, num_steps)
+            optimizer, lambda step: learning_rate_factor(step, num_warmup_steps, num_steps)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -228,15 +348,23 @@ class StableRep(pl.LightningModule):
         """Optimizer steps of the run, from the config: the trainer's own estimate would build a loader."""
         if self.trainer.max_steps > 0:
             return self.trainer.max_steps
-        datamodule: Any = getattr(self.trainer, "datamodule", None)
-        if datamodule is None or not self.trainer.max_epochs or self.trainer.max_epochs < 0:
+        num_steps = self._num_steps_per_epoch()
+        if num_steps is None or not self.trainer.max_epochs or self.trainer.max_epochs < 0:
             raise ValueError("trainer.max_steps or trainer.max_epochs must be set: the schedule ends there")
         if self.trainer.limit_train_batches != 1.0:
             raise ValueError(
                 "trainer.limit_train_batches needs trainer.max_steps, where the schedule ends, got "
                 f"{self.trainer.limit_train_batches}"
             )
-        return int(self.trainer.max_epochs * datamodule.num_steps_per_epoch)
+        return int(self.trainer.max_epochs * num_steps)
+
+    def _num_steps_per_epoch(self) -> int | None:
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        return None if datamodule is None else int(datamodule.num_steps_per_epoch)
+
+    def on_train_end(self) -> None:
+        """Looks at the last step's loss and gradient too."""
+        self.finite_watch.settle()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses, before anything is loaded, another architecture, and options that would have no effect.
@@ -262,11 +390,38 @@ class StableRep(pl.LightningModule):
                 )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what `load_backbone` reads."""
+        """Adds what `load_backbone` reads.
+
+        Raises:
+            NonFiniteLossError: If the step before was not finite: then nothing is saved.
+        """
+        self.finite_watch.settle()
         add_backbone_to_checkpoint(checkpoint, self.backbone)
 
 
-def split_by_decay(parameters: Iterator[nn.Parameter]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Parameters with weight decay (two or more dimensions; class and position tokens too) and without."""
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    return [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
+def find_objective(
+    image_loss_weight: float,
+    has_text: bool,
+    positives: Positives,
+    num_views_per_caption: int,
+    queue_size: int,
+) -> Objective:
+    """The name of what is trained (see the table at the head of this module).
+
+    Raises:
+        ValueError: If the settings contradict each other, or leave nothing to learn from.
+    """
+    if not image_loss_weight >= 0:
+        raise ValueError(f"image_loss_weight must be >= 0, got {image_loss_weight}")
+    if not image_loss_weight and not has_text:
+        raise ValueError("image_loss_weight must be > 0 without a text tower, got 0.0")
+    if not image_loss_weight and queue_size:
+        raise ValueError(f"queue_size must be 0 where image_loss_weight is 0, got {queue_size}")
+    if has_text and positives != "caption":
+        raise ValueError(f"data.positives must be caption with a text tower, got {positives}")
+    least = 2 if image_loss_weight else 1
+    if num_views_per_caption < least:
+        raise ValueError(f"num_views_per_caption must be >= {least}, got {num_views_per_caption}")
+    if has_text:
+        return "stablerep_plus" if image_loss_weight else "clip"
+    return {"caption": "stablerep", "image": "simclr", "class": "supcon"}[positives]  # type: ignore[return-value]

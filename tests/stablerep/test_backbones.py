@@ -115,3 +115,42 @@ def test_batchnorm_statistics_are_per_view() -> None:
         torch.testing.assert_close(together[:, view], head(features[:, view]))
     all_views = head(features.flatten(0, 1)).unflatten(0, (10, 2))
     assert (together - all_views).abs().max() > 0.05
+
+
+def test_batchnorm_over_all_views_is_that_of_one_batch() -> None:
+    head = ProjectionHead(4, 8, 3, norm="batchnorm_all_views")
+    features = torch.randn(10, 2, 4)
+    torch.testing.assert_close(
+        head.project_views(features), head(features.flatten(0, 1)).unflatten(0, (10, 2))
+    )
+
+
+def test_layernorm_makes_embeddings_independent_of_the_batch() -> None:
+    head = ProjectionHead(4, 8, 3, norm="layernorm")
+    features = torch.randn(10, 2, 4)
+    torch.testing.assert_close(head.project_views(features)[3:5], head.project_views(features[3:5]))
+
+
+@pytest.mark.parametrize(
+    ("name", "depth", "width"),
+    [
+        ("vit_small_patch16_224", 12, 384),
+        ("vit_base_patch16_224", 12, 768),
+        ("vit_large_patch16_224", 24, 1024),
+    ],
+)
+def test_published_backbones_have_their_depth_and_width(name: str, depth: int, width: int) -> None:
+    with torch.device("meta"):
+        backbone = build_backbone(name, 224)
+    assert (len(backbone.blocks), backbone.num_features) == (depth, width)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_base_patch16_siglip_224", "vit_base_patch16_gap_224", "swin_tiny_patch4_window7_224"]
+)
+def test_backbone_without_a_class_token_is_refused(name: str) -> None:
+    with (
+        torch.device("meta"),
+        pytest.raises(ValueError, match=f"backbone {name} does not pool a class token"),
+    ):
+        build_backbone(name, 224)

@@ -1,0 +1,46 @@
+"""Figures that fall when embeddings collapse to a point or to a few directions."""
+
+import torch
+from torch import Tensor
+
+from stablerep.losses import normalize_embeddings
+
+NUM_EMBEDDINGS_FOR_RANK = 1024
+_EPSILON = 1e-7
+
+
+def embedding_std(embeddings: Tensor) -> Tensor:
+    """√D · mean standard deviation of the unit embeddings' dimensions: 1 when spread evenly, 0 in a point.
+
+    Shapes:
+        [N, D] -> []
+    """
+    return normalize_embeddings(embeddings).std(dim=0).mean() * embeddings.shape[1] ** 0.5
+
+
+def rank_me(embeddings: Tensor) -> Tensor:
+    """exp(−Σ_k p_k log p_k), p_k = σ_k / Σ σ + 10⁻⁷: how many directions the embeddings use, smoothly.
+
+    σ are the singular values; at most min(N, D) comes out. Of more than `NUM_EMBEDDINGS_FOR_RANK` embeddings,
+    as many are taken, at even distances.
+
+    Shapes:
+        [N, D] -> []
+
+    Reference:
+        Garrido et al., RankMe, arXiv 2210.02885, section 3.1.
+    """
+    rows = embeddings[:: -(-len(embeddings) // NUM_EMBEDDINGS_FOR_RANK)].float()
+    sigma = torch.linalg.svdvals(rows)
+    p = sigma / sigma.sum().clamp(min=_EPSILON) + _EPSILON
+    return torch.exp(-(p * p.log()).sum())
+
+
+def positives_per_anchor(labels: Tensor) -> Tensor:
+    """Mean over images of how many others share the label.
+
+    Shapes:
+        [N] -> []
+    """
+    _, counts = labels.unique(return_counts=True)
+    return (counts * (counts - 1)).sum().float() / len(labels)
