@@ -28,7 +28,7 @@ demo: $(STAMP) ## captions to report on the shipped small generator; at most 10 
 	$(BIN)/stablerep demo
 
 test: $(STAMP) ## every test that needs neither an accelerator nor the network
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(STAMP) ## format, lint, types, import rules
 	$(BIN)/ruff format --check .
