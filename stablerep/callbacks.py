@@ -1,6 +1,7 @@
-"""What is watched while training: k-NN accuracy on labelled images, and images per second."""
+"""What is watched while training: probes on labelled images, speed, and the views as the model sees them."""
 
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,9 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import find_classes
@@ -17,6 +21,9 @@ from stablerep.augment import normalize
 from stablerep.evaluation.features import build_eval_transform
 from stablerep.evaluation.knn import knn_classify
 from stablerep.evaluation.labelled import decode_image
+from stablerep.evaluation.ridge import ridge_classify
+from stablerep.flops import count_flops_per_caption, find_peak_flops
+from stablerep.sharding import ShardedStrategy
 
 logger = logging.getLogger(__name__)
 
@@ -46,10 +53,11 @@ def read_labelled_images(
     return torch.stack(images), torch.tensor([samples[index][1] for index in chosen])
 
 
-class OnlineKNN(pl.Callback):
-    """Logs `knn_top1`, the weighted k-NN accuracy of the frozen features on labelled images, in [0, 1].
+class OnlineProbes(pl.Callback):
+    """Logs the accuracy of the frozen features on labelled images, in [0, 1], of two probes in closed form.
 
-    Rank 0 measures; the other ranks wait at their next gather.
+    `knn_top1` is the weighted k-NN's, `ridge_top1` the ridge regression's. Rank 0 measures; the other ranks
+    wait at their next gather, or help where the weights are sharded.
 
     Args:
         data: Folder with `train/<class>/*` and `test/<class>/*`.
@@ -101,7 +109,7 @@ class OnlineKNN(pl.Callback):
             ValueError: If they are unreadable or too few.
         """
         error: Exception | None = None
-        if distributed.rank() == 0 and not self._images:
+        if self._takes_part(trainer) and not self._images:
             try:
                 self._read_images(pl_module)
             except (ValueError, OSError) as caught:
@@ -140,7 +148,7 @@ class OnlineKNN(pl.Callback):
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._last_step = trainer.global_step
-        if distributed.rank() != 0:
+        if not self._takes_part(trainer):
             return
         start = time.perf_counter()
         backbone: Any = pl_module.backbone
@@ -151,19 +159,21 @@ class OnlineKNN(pl.Callback):
         finally:
             backbone.train(was_training)
         labels = {split: labels.to(pl_module.device) for split, (_, labels) in self._images.items()}
-        predicted = knn_classify(
-            features["train"],
-            labels["train"],
-            features["test"],
-            num_classes=int(labels["train"].max()) + 1,
-            k=self.k,
-            temperature=self.temperature,
-        )
-        accuracy = float((predicted == labels["test"]).float().mean())
-        logger.info("step %d: k-NN top-1 %.4f", trainer.global_step, accuracy)
+        num_classes = int(labels["train"].max()) + 1
+        sides = features["train"], labels["train"], features["test"]
+        predictions = {
+            "knn_top1": knn_classify(*sides, num_classes=num_classes, k=self.k, temperature=self.temperature),
+            "ridge_top1": ridge_classify(*sides, num_classes=num_classes).predictions,
+        }
+        scores = {name: float((p == labels["test"]).float().mean()) for name, p in predictions.items()}
+        logger.info("step %d: k-NN top-1 %.4f, ridge top-1 %.4f", trainer.global_step, *scores.values())
         for run_logger in trainer.loggers:
-            run_logger.log_metrics({"knn_top1": accuracy}, step=trainer.global_step)
+            run_logger.log_metrics(scores, step=trainer.global_step)
         self.num_seconds += time.perf_counter() - start
+
+    @staticmethod
+    def _takes_part(trainer: pl.Trainer) -> bool:
+        return distributed.rank() == 0 or isinstance(trainer.strategy, ShardedStrategy)
 
     @torch.no_grad()
     def _features(self, backbone: Any, split: str, device: torch.device) -> Tensor:
@@ -176,14 +186,28 @@ class OnlineKNN(pl.Callback):
 
 
 class Throughput(pl.Callback):
-    """Logs `images_per_second`: images of all ranks over wall time, without the time of `OnlineKNN`."""
+    """Logs `images_per_second` of all ranks, and `share_of_peak`, the useful share of their arithmetic.
+
+    Time is wall time without that of `OnlineProbes`. What arithmetic counts is said in `stablerep.flops`.
+    """
 
     def __init__(self) -> None:
         self._start = 0.0
         self._num_images = 0
+        self._peak_captions_per_second = math.inf
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Starts the clock."""
+        """Counts the model's work, finds the device's speed, starts the clock."""
+        if distributed.rank() == 0:
+            is_16_bit = str(trainer.precision).startswith(("16", "bf16"))
+            dtype = torch.bfloat16 if is_16_bit else torch.float32
+            peak, source = find_peak_flops(pl_module.device, dtype)
+            num_flops = count_flops_per_caption(pl_module.hparams)
+            self._peak_captions_per_second = distributed.world_size() * peak / num_flops
+            logger.info(
+                "%.4g GFLOP forward and backward a caption; peak %.4g TFLOP/s a device (%s)",
+                *(num_flops / 1e9, peak / 1e12, source),
+            )
         self._start = time.perf_counter() - _seconds_in_probes(trainer)
 
     def on_train_batch_end(
@@ -193,12 +217,67 @@ class Throughput(pl.Callback):
         num_captions, num_views = batch["images"].shape[:2]
         self._num_images += num_captions * num_views * distributed.world_size()
         if trainer.global_step % max(1, trainer.log_every_n_steps) == 0:  # type: ignore[attr-defined]
+            if pl_module.device.type != "cpu":
+                torch.accelerator.synchronize(pl_module.device)  # the host runs ahead of it
             now = time.perf_counter() - _seconds_in_probes(trainer)
             speed = self._num_images / (now - self._start)
             pl_module.log("images_per_second", speed, prog_bar=True, batch_size=num_captions)
+            share = speed / num_views / self._peak_captions_per_second
+            pl_module.log("share_of_peak", share, batch_size=num_captions)
             self._start, self._num_images = now, 0
 
 
 def _seconds_in_probes(trainer: pl.Trainer) -> float:
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    return sum(callback.num_seconds for callback in callbacks if isinstance(callback, OnlineKNN))
+    return sum(callback.num_seconds for callback in callbacks if isinstance(callback, OnlineProbes))
+
+
+class ViewGrid(pl.Callback):
+    """Draws views as the model sees them, a caption a row: `views/step_00000000.png`, and TensorBoard.
+
+    Args:
+        every_n_steps: Optimizer steps between pictures, >= 1; the first is before the first step.
+        num_captions: Rows, at most, >= 1.
+        num_views: Columns, at most, >= 1.
+    """
+
+    def __init__(self, every_n_steps: int = 10_000, num_captions: int = 8, num_views: int = 8) -> None:
+        for name, value in [
+            ("every_n_steps", every_n_steps),
+            ("num_captions", num_captions),
+            ("num_views", num_views),
+        ]:
+            if value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
+        self.every_n_steps = every_n_steps
+        self.num_captions = num_captions
+        self.num_views = num_views
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Draws the batch, on rank 0."""
+        if distributed.rank() != 0 or trainer.global_step % self.every_n_steps:
+            return
+        backbone: Any = pl_module.backbone
+        images = batch["images"][: self.num_captions, : self.num_views].float().cpu()
+        grid = draw_grid(images, backbone.mean, backbone.std)
+        folder = Path(trainer.default_root_dir) / "views"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(grid).save(folder / f"step_{trainer.global_step:08d}.png")
+        for run_logger in trainer.loggers:
+            if isinstance(run_logger, TensorBoardLogger):
+                run_logger.experiment.add_image("views", grid, trainer.global_step, dataformats="HWC")
+
+
+def draw_grid(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> NDArray[np.uint8]:
+    """Normalised images as one picture, rows of the first dimension.
+
+    Shapes:
+        float [R, C, 3, H, W] -> uint8 [R · H, C · W, 3]
+    """
+    shape = (3, 1, 1)
+    pixels = images * images.new_tensor(std).view(shape) + images.new_tensor(mean).view(shape)
+    rows, columns, _, height, width = pixels.shape
+    grid = pixels.permute(0, 3, 1, 4, 2).reshape(rows * height, columns * width, 3)
+    return (grid.clamp(0, 1) * 255).round().to(torch.uint8).numpy()

@@ -146,15 +146,24 @@ class ImageTextHead(nn.Module):
         Shapes:
             features [num_captions, num_views, D], text_features [num_captions, ...], labels [num_captions]
         """
+        images, texts = self.project(features, text_features)
+        image_labels = labels.repeat_interleave(features.shape[1])
+        scale = self.logit_scale.float().exp().squeeze(0)
+        loss = image_text_contrastive_loss(images, texts, image_labels, labels, scale)
+        return ImageTextResult(loss, images, scale)
+
+    def project(self, features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
+        """Both sides in one space.
+
+        Shapes:
+            features [num_captions, num_views, D], text_features [num_captions, ...]
+                -> [num_captions · num_views, out_features], [num_captions, out_features]
+        """
         if isinstance(self.image_projection, ProjectionHead):
             images = self.image_projection.project_views(features)
         else:
             images = self.image_projection(features)
-        images, image_labels = images.flatten(0, 1), labels.repeat_interleave(features.shape[1])
-        scale = self.logit_scale.float().exp().squeeze(0)
-        texts = self.text_projection(text_features)
-        loss = image_text_contrastive_loss(images, texts, image_labels, labels, scale)
-        return ImageTextResult(loss, images, scale)
+        return images.flatten(0, 1), self.text_projection(text_features)
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
