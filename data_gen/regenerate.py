@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 
 from data_gen.images import decode_image, encode_image
 from data_gen.job.plan import Plan
-from data_gen.job.worker import WorkConfig, load_generator
+from data_gen.job.planned_model import load_generator
+from data_gen.job.worker import WorkConfig
 from data_gen.shards import Sample, Shard, read_samples
 
 MAX_MEAN_DIFFERENCE = 8.0

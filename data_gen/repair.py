@@ -12,7 +12,7 @@ from data_gen.job.plan import Plan
 from data_gen.job.progress import list_finished
 from data_gen.job.shard_job import adopt_shard
 from data_gen.job.work_folder import Worker, WorkFolder
-from data_gen.job.worker import say
+from data_gen.messages import say
 from data_gen.shards import (
     Shard,
     ShardError,

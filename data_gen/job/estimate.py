@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from data_gen.captions.planning import PlannedCaption, read_planned_captions
 from data_gen.diffusion.models import ModelFiles
 from data_gen.images import encode_image
+from data_gen.job.planned_model import set_num_threads
 from data_gen.job.progress import format_seconds
-from data_gen.job.worker import WorkConfig, set_num_threads
+from data_gen.job.worker import WorkConfig
 from data_gen.shards import MANIFEST_NAME, list_complete_shards
 from data_gen.storage import Store
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from data_gen.captions.planning import CaptionPlan, plan_captions
 from data_gen.captions.sources import Columns, SourceFile, digest_sources
 from data_gen.diffusion.models import ModelFiles
-from data_gen.job.plan import Plan
+from data_gen.job.plan import Plan, has_images
 from data_gen.job.work_folder import Worker, WorkFolder
-from data_gen.job.worker import has_images, say
+from data_gen.messages import say
 from data_gen.shard_writer import write_manifest
 from data_gen.shards import (
     MANIFEST_NAME,

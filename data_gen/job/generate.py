@@ -24,8 +24,10 @@ from data_gen.job.engines.slurm import SlurmConfig
 from data_gen.job.freeze import check_draft, draft_plan, freeze_plan
 from data_gen.job.plan import Plan
 from data_gen.job.progress import showing
+from data_gen.job.supervision import stopping_on
 from data_gen.job.work_folder import Worker, WorkFolder
-from data_gen.job.worker import WorkConfig, say, stopping_on, work
+from data_gen.job.worker import WorkConfig, work
+from data_gen.messages import say
 from data_gen.repair import requeue_shards
 from data_gen.shards import Shard, list_complete_shards, map_shards, read_stats
 from data_gen.storage import Store

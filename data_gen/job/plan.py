@@ -11,6 +11,11 @@ from data_gen.shards import MANIFEST_NAME, DatasetManifest, ShardError, read_man
 from data_gen.storage import Store
 
 
+def has_images(store: Store) -> bool:
+    """Whether an image was made, or spilled, in a dataset's folder."""
+    return any(name.endswith(".tar") for name in (*store.list(), *store.list(".work", recursive=True)))
+
+
 @dataclass(frozen=True)
 class Plan:
     """What is to be made, and where.
@@ -62,6 +67,11 @@ class Plan:
     def image_seed(self, key: str, image_index: int) -> str:
         """The noise key of one image."""
         return image_seed(self.manifest.settings["seed"], key, image_index)
+
+    def check_stands(self) -> None:
+        """Raises ShardError if the dataset was given another plan since this one was read."""
+        if read_manifest(self.store).settings_hash != self.manifest.settings_hash:
+            raise ShardError(f"{self.store.url}: its plan was changed while this worker ran; start it again")
 
     def _read_captions(self, name: str, sha256: str) -> BinaryIO:
         """The file's content, checked once and kept until another one is asked for."""

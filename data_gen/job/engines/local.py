@@ -15,8 +15,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from data_gen.exit_codes import EXIT_DONE, EXIT_DONE_WITH_FAILURES, EXIT_UNFINISHED
+from data_gen.job.supervision import SUPERVISOR_VARIABLE
 from data_gen.job.work_folder import PLACE_VARIABLE, Worker, WorkFolder
-from data_gen.job.worker import MAX_FRUITLESS_RUNS, SUPERVISOR_VARIABLE, WorkConfig
+from data_gen.job.worker import MAX_FRUITLESS_RUNS, WorkConfig
 from data_gen.storage import Store
 
 _SECONDS_BETWEEN_LOOKS = 0.2

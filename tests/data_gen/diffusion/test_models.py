@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from data_gen.diffusion.models import GeneratorConfig, find_model
-from data_gen.job.worker import WorkConfig, build_generator_config
+from data_gen.job.planned_model import build_generator_config
+from data_gen.job.worker import WorkConfig
 from tests.data_gen.datasets import save_tiny_vae
 
 

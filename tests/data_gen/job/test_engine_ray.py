@@ -20,7 +20,8 @@ import pytest
 
 from data_gen.job.engines import local, ray_cluster
 from data_gen.job.engines.ray_cluster import RayConfig, run
-from data_gen.job.worker import WorkConfig, stopping_on
+from data_gen.job.supervision import stopping_on
+from data_gen.job.worker import WorkConfig
 
 ROOT = Path(__file__).parents[3]
 NUM_SHARDS = 6
