@@ -5,6 +5,10 @@ Each run has a folder of its own: `--output`, or when that holds a run, the same
     config.yaml                the run's whole configuration
     metrics.csv, events.*      the logs
     checkpoints/last.ckpt      replaced whole, every `--checkpoint_every_n_steps` and at the end
+    checkpoints/previous.ckpt  the one before
+
+With several devices the command starts one process a rank and watches them (`stablerep.launch`), unless
+torchrun or Slurm has started them.
 """
 
 import logging
@@ -12,26 +16,39 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from stablerep import distributed, launch
 from stablerep.arguments import SuggestingErrors
-from stablerep.callbacks import Throughput
-from stablerep.checkpoint import AtomicCheckpointIO
+from stablerep.callbacks import Throughput, ViewGrid
+from stablerep.checkpoint import LAST_CHECKPOINT, AtomicCheckpointIO, find_checkpoint
 from stablerep.datamodule import MultiPositiveDataModule
 from stablerep.module import StableRep
+from stablerep.run_state import RunCheckpoints, SeedSteps
+from stablerep.stopping import StoppedEarly
 
-PROCESS_GROUP_TIMEOUT = timedelta(minutes=5)  # torch's half an hour is what a hang would cost
-LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
+CONFIG_VERSION = 1
+"""Of the options: raised when one is renamed, removed or changes its meaning."""
+
+EXIT_FAILED = 1
+"""An error, said in one line by the rank that met it."""
+
+EXIT_UNFINISHED = 75
+"""A signal stopped the run, with a checkpoint: `--ckpt_path last` goes on. As of the verbs that make data."""
+
+EXIT_INTERRUPTED = 130
+
 _RUN_FILES = ("config.yaml", "metrics.csv", "checkpoints")
 
 _EXPECTED_WARNINGS = (
@@ -44,6 +61,7 @@ _EXPECTED_WARNINGS = (
     r"Checkpoint directory .* exists and is not empty",  # the last checkpoint is replaced on purpose
     r"The number of training batches .* is smaller than the logging interval",  # steps are what is counted
     r"The dirpath has changed from",  # a resumed run has a folder of its own
+    r"The `srun` command is available on your system",  # without it, ranks are started here
     r"GPU available but not used",  # trainer.accelerator is the config's choice
 )
 
@@ -53,7 +71,7 @@ class FitParser(SuggestingErrors, LightningArgumentParser):
 
 
 class FitCLI(LightningCLI):
-    """Adds what every run has: folder, loggers, last checkpoint, throughput, short timeouts."""
+    """Adds what every run has: folder, loggers, checkpoints, throughput, short timeouts, a stop by signal."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Options beside trainer, model and data, and what model and data share."""
@@ -67,10 +85,20 @@ class FitCLI(LightningCLI):
             "--ckpt_path",
             type=str | None,
             default=None,
-            help="checkpoint to resume from; `last` is that of the newest run of --output",
+            help="checkpoint to resume from; `last` is the newest whole one of the runs of --output, `auto` "
+            "is that one where there is any, and else a beginning",
         )
         parser.add_argument(
             "--checkpoint_every_n_steps", type=int, default=1000, help="steps between checkpoints, >= 1"
+        )
+        parser.add_argument(
+            "--rank_timeout_seconds",
+            type=float,
+            default=300.0,  # torch's half an hour is what a hang would cost
+            help="for how long a rank waits for the others, > 0",
+        )
+        parser.add_argument(
+            "--config_version", type=int, default=CONFIG_VERSION, help="version of the options, not to be set"
         )
         parser.link_arguments("data.image_size", "model.image_size")
         parser.link_arguments("data.num_captions_per_rank", "model.num_captions_per_rank")
@@ -79,8 +107,11 @@ class FitCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Settles the run's folder and the checkpoint, before anything is built."""
-        if (every := self.config.checkpoint_every_n_steps) < 1:
-            raise ValueError(f"checkpoint_every_n_steps must be >= 1, got {every}")
+        for name, bound in [("checkpoint_every_n_steps", 1), ("rank_timeout_seconds", 1e-3)]:
+            if not (value := self.config[name]) >= bound:
+                raise ValueError(f"{name} must be >= {bound}, got {value}")
+        check_config_version(self.config.config_version, "the command line")
+        check_devices(self.config.trainer)
         output = Path(self.config.output)
         self.ckpt_path = find_checkpoint(self.config.ckpt_path, output)
         self.run_folder = choose_run_folder(output)
@@ -90,80 +121,167 @@ class FitCLI(LightningCLI):
         """The configured trainer, with the run's folder, loggers, strategy and checkpoints."""
         trainer = self.config_init.trainer
         folder = str(self.run_folder)
+        timeout = timedelta(seconds=self.config.rank_timeout_seconds)
         kwargs |= {"default_root_dir": folder, "plugins": [*_as_list(trainer.plugins), AtomicCheckpointIO()]}
-        if trainer.logger in (None, True):
+        if trainer.logger is not False:
             kwargs["logger"] = [
                 CSVLogger(folder, name="", version=""),
                 TensorBoardLogger(folder, name="", version=""),
+                *([] if trainer.logger in (None, True) else _as_list(trainer.logger)),
             ]
-        if trainer.strategy == "auto" and count_devices(trainer) * trainer.num_nodes > 1:
-            kwargs["strategy"] = DDPStrategy(timeout=PROCESS_GROUP_TIMEOUT)
-        callbacks: list[pl.Callback] = [Throughput(), *_as_list(trainer.callbacks)]
-        if trainer.enable_checkpointing is not False:
-            callbacks.append(self._build_checkpoint_callback())
+        num_ranks = count_devices(trainer) * trainer.num_nodes
+        if trainer.strategy == "ddp" or (trainer.strategy == "auto" and num_ranks > 1):
+            kwargs["strategy"] = DDPStrategy(timeout=timeout)
+        self.checkpoints = RunCheckpoints(
+            self.run_folder,
+            self.config.checkpoint_every_n_steps,
+            resumed_from=self.ckpt_path,
+            timeout=timeout,
+            is_saving=trainer.enable_checkpointing is not False,
+        )
+        kwargs["enable_checkpointing"] = True  # the callback stops the run, whether or not it saves
+        seed = SeedSteps(int(self.config.seed_everything))
+        callbacks = [seed, Throughput(), ViewGrid(), *_as_list(trainer.callbacks), self.checkpoints]
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
-    def _build_checkpoint_callback(self) -> ModelCheckpoint:
-        return ModelCheckpoint(
-            dirpath=self.run_folder / LAST_CHECKPOINT.parent,
-            filename=LAST_CHECKPOINT.stem,
-            every_n_train_steps=self.config.checkpoint_every_n_steps,
-            enable_version_counter=False,  # one file, replaced whole
-        )
+    @property
+    def num_ranks_to_start(self) -> int:
+        """Ranks of this machine that nobody has started yet; 0 where this process is a rank."""
+        strategy = self.trainer.strategy
+        if self.trainer.world_size == 1 or not isinstance(strategy, ParallelStrategy):
+            return 0
+        environment = strategy.cluster_environment
+        if environment is None or environment.creates_processes_externally:
+            return 0
+        return self.trainer.num_devices
 
-    def fit(self) -> None:
-        """Trains, then saves the last weights."""
+    def start_ranks(self, args: Sequence[str]) -> int:
+        """Runs the same command once a rank, with the folder and the checkpoint that were chosen here."""
+        chosen = ["--output", str(self.run_folder), "--ckpt_path", self.ckpt_path or "null"]
+        num_ranks = self.num_ranks_to_start
+        del self.trainer, self.model, self.datamodule  # their memory is the ranks'
+        return launch.run_ranks(launch.rank_command("fit", [*args, *chosen]), num_ranks)
+
+    def fit(self) -> int:
+        """Trains as one rank; returns the exit code."""
         on_interrupt = signal.getsignal(signal.SIGINT)
         try:
             self.trainer.fit(
                 self.model, datamodule=self.datamodule, ckpt_path=self.ckpt_path, weights_only=True
             )
+        except StoppedEarly as stop:
+            if self.trainer.is_global_zero:
+                print(f"stablerep fit: stopped by {stop}", file=sys.stderr)
+            return EXIT_UNFINISHED
         except SystemExit as end:  # what Lightning makes of Ctrl-C, which it then ignores
             if not self.trainer.interrupted:
                 raise
             signal.signal(signal.SIGINT, on_interrupt)
             raise KeyboardInterrupt from end
-        if self.trainer.checkpoint_callback:
-            self.trainer.save_checkpoint(self.run_folder / LAST_CHECKPOINT, weights_only=False)
-            if self.trainer.is_global_zero:
-                print(f"checkpoint: {self.run_folder / LAST_CHECKPOINT}")
+        finally:
+            self.checkpoints.close()
+        path = self.run_folder / LAST_CHECKPOINT
+        if self.trainer.is_global_zero and path.exists():
+            print(f"checkpoint: {path}")
+        return 0
 
 
 def main(args: list[str]) -> int:
     """Trains as `args` say (without the verb).
 
-    With several devices Lightning starts the other ranks by running this process's own command line again:
-    then this is to be called from the command line and not with arguments of its own.
+    Returns:
+        0, or 75 when a signal stopped the run, or of another rank's failure its exit code.
 
     Raises:
         ValueError: If data, model or trainer are set to what cannot be.
-        OSError: If the data or a checkpoint is missing, or the output cannot be written.
+        OSError: If the data or a checkpoint is missing, the output cannot be written, or a rank is lost.
     """
     _show_log_lines()
     with warnings.catch_warnings():
         for message in _EXPECTED_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
         try:
-            cli = FitCLI(
-                StableRep,
-                MultiPositiveDataModule,
-                args=args,
-                run=False,
-                parser_class=FitParser,
-                parser_kwargs={
-                    "prog": "stablerep fit",
-                    "description": "Train a vision transformer on shards.",
-                },
-                save_config_kwargs={"overwrite": True},  # the folder is the run's own
-                seed_everything_default=0,
-                trainer_defaults={"log_every_n_steps": 10, "enable_model_summary": False},
-                auto_configure_optimizers=False,
-                load_from_checkpoint_support=False,  # the module saves plain types itself
-            )
-            cli.fit()
+            return _run(args)
         except MisconfigurationException as error:
             raise ValueError(" ".join(str(error).split())) from error
-    return 0
+
+
+def _run(args: list[str]) -> int:
+    check_config_files(args)
+    cli = FitCLI(
+        StableRep,
+        MultiPositiveDataModule,
+        args=args,
+        run=False,
+        parser_class=FitParser,
+        parser_kwargs={"prog": "stablerep fit", "description": "Train a vision transformer on shards."},
+        save_config_kwargs={"overwrite": True},  # the folder is the run's own
+        seed_everything_default=0,
+        trainer_defaults={"log_every_n_steps": 10, "enable_model_summary": False},
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,  # the module saves plain types itself
+    )
+    if cli.num_ranks_to_start:
+        return cli.start_ranks(args)
+    if launch.is_started_by_us():
+        launch.watch_parent()
+    try:
+        return cli.fit()
+    except KeyboardInterrupt:
+        if launch.is_started_by_us():  # the process that started the ranks says so, once
+            return EXIT_INTERRUPTED
+        raise
+    except Exception as error:
+        if distributed.is_distributed():
+            return _fail_as_rank(error)
+        raise
+
+
+def _fail_as_rank(error: Exception) -> int:
+    """Raises the error of the rank that failed first; the others, which it took along, say nothing."""
+    if isinstance(error, distributed.FailedElsewhereError):
+        return EXIT_FAILED
+    if not distributed.tell_failure(error).startswith(f"rank {distributed.rank()}:"):
+        return EXIT_FAILED
+    if distributed.is_lost_rank(error):
+        raise ConnectionError(
+            f"rank {distributed.rank()} lost another rank, which was killed or does not answer; "
+            f"--ckpt_path last goes on from the last checkpoint ({' '.join(str(error).split())[:160]}…)"
+        ) from error
+    raise error
+
+
+def check_config_files(args: Sequence[str]) -> None:
+    """Looks at the version of each config file, before its options are read.
+
+    Raises:
+        ValueError: If one was written for other options.
+    """
+    following = [*args[1:], ""]
+    for arg, after in zip(args, following, strict=True):
+        name, equals, value = arg.partition("=")
+        if name not in ("--config", "-c"):
+            continue
+        path = value if equals else after
+        try:
+            values = yaml.safe_load(Path(path).read_text())
+        except (OSError, ValueError, yaml.YAMLError):
+            continue  # the parser says what is wrong with it
+        if isinstance(values, dict):
+            check_config_version(values.get("config_version", CONFIG_VERSION), path)
+
+
+def check_config_version(version: Any, where: str) -> None:
+    """Refuses options of another version.
+
+    Raises:
+        ValueError: If they are.
+    """
+    if version != CONFIG_VERSION:
+        raise ValueError(
+            f"config_version must be {CONFIG_VERSION}, got {version} in {where}: it was written for another "
+            "version of stablerep; take its values over into what `stablerep fit --print_config` shows"
+        )
 
 
 def choose_run_folder(output: Path) -> Path:
@@ -175,28 +293,16 @@ def choose_run_folder(output: Path) -> Path:
     return folder
 
 
-def find_checkpoint(ckpt_path: str | None, output: Path) -> str | None:
-    """The checkpoint to resume from.
+def check_devices(trainer: Any) -> None:
+    """Refuses accelerators that are not there; Lightning says which of them are missing, but not of none.
 
     Raises:
-        FileNotFoundError: If it was asked for and is not there.
+        ValueError: If there is none.
     """
-    if ckpt_path is None:
-        return None
-    if ckpt_path != "last":
-        if not Path(ckpt_path).is_file():
-            raise FileNotFoundError(f"checkpoint {ckpt_path} does not exist")
-        return ckpt_path
-    later = [path for path in output.parent.glob("*") if _is_later_run(path.name, output.name)]
-    runs = [path for path in (output, *later) if (path / LAST_CHECKPOINT).exists()]
-    if not runs:
-        raise FileNotFoundError(f"ckpt_path is last, but there is no {output / LAST_CHECKPOINT}")
-    return str(max(runs, key=lambda run: (run / LAST_CHECKPOINT).stat().st_mtime) / LAST_CHECKPOINT)
-
-
-def _is_later_run(name: str, first: str) -> bool:
-    """Whether it is `first-2`, `first-3`, …, and not another run whose name begins alike."""
-    return name.startswith(f"{first}-") and name.removeprefix(f"{first}-").isdecimal()
+    if trainer.accelerator in ("gpu", "cuda") and not torch.cuda.device_count():
+        raise ValueError(
+            f"trainer.devices is {trainer.devices}, but there is no accelerator {trainer.accelerator} here"
+        )
 
 
 def count_devices(trainer: Any) -> int:
@@ -223,6 +329,9 @@ def _show_log_lines() -> None:
     """The package's log lines go to stderr: all from the first rank, warnings from the others."""
     for name in ("lightning.pytorch.utilities.rank_zero", "pytorch_lightning.utilities.rank_zero"):
         logging.getLogger(name).addFilter(_is_no_advertisement)
+    if launch.is_started_by_us():  # the process that started the ranks has said what these say
+        for name in ("lightning.fabric", "lightning.pytorch"):
+            logging.getLogger(name).setLevel(logging.WARNING)
     log = logging.getLogger("stablerep")
     log.setLevel(logging.INFO if os.environ.get("LOCAL_RANK", "0") == "0" else logging.WARNING)
     if not any(isinstance(handler, _StderrHandler) for handler in log.handlers):

@@ -4,6 +4,7 @@ Nothing but the library's code runs and no pickle is read, unless the config say
 `data_gen.diffusion.model_folder` has looked before.
 """
 
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -40,12 +41,13 @@ def load_pipeline(config: GeneratorConfig, model: ModelFiles) -> Any:
     """
     if not config.trust_remote_code:
         forbid_remote_code()
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's import, to its own authors
     import diffusers
     from transformers.utils import logging as transformers_logging
 
-    for logging in (diffusers.utils.logging, transformers_logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+    for library in (diffusers.utils.logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
     options: dict[str, Any] = {
         "dtype": getattr(torch, config.dtype),
         "use_safetensors": None if config.allow_pickle else True,

@@ -12,7 +12,7 @@ import yaml
 
 from stablerep.backbones import build_backbone, load_backbone
 from stablerep.cli import main
-from stablerep.fit import choose_run_folder, count_devices, find_checkpoint
+from stablerep.fit import choose_run_folder, count_devices
 from tests.stablerep.datasets import write_dataset, write_image_folder
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -246,25 +246,6 @@ def test_run_folder_is_the_first_free_one(tmp_path: Path) -> None:
     assert choose_run_folder(output) == tmp_path / "run-3"
     (tmp_path / "run-3" / "metrics.csv").touch()  # a logger would begin it anew
     assert choose_run_folder(output) == tmp_path / "run-4"
-
-
-def test_last_checkpoint_is_that_of_the_newest_run(tmp_path: Path) -> None:
-    for age, name in enumerate(["run", "run-2"]):
-        path = tmp_path / name / "checkpoints" / "last.ckpt"
-        path.parent.mkdir(parents=True)
-        path.touch()
-        os.utime(path, (1000 - age, 1000 - age))
-    assert find_checkpoint("last", tmp_path / "run") == str(tmp_path / "run" / "checkpoints" / "last.ckpt")
-    assert find_checkpoint(None, tmp_path / "run") is None
-
-
-def test_last_checkpoint_is_never_that_of_another_run_whose_name_begins_alike(tmp_path: Path) -> None:
-    for name in ("run", "run-2", "run-simclr", "run-2-long"):
-        path = tmp_path / name / "checkpoints" / "last.ckpt"
-        path.parent.mkdir(parents=True)
-        path.touch()
-        os.utime(path, (1000 + len(name), 1000 + len(name)))
-    assert find_checkpoint("last", tmp_path / "run") == str(tmp_path / "run-2" / "checkpoints" / "last.ckpt")
 
 
 @pytest.mark.parametrize(
