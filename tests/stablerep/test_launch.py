@@ -1,0 +1,90 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from stablerep import launch
+from stablerep.launch import run_ranks
+
+ROOT = Path(__file__).parents[2]
+
+
+def python(program: str) -> list[str]:
+    return [
+        sys.executable,
+        "-c",
+        f"import os, signal, sys, time; rank = int(os.environ['LOCAL_RANK']); {program}",
+    ]
+
+
+def test_each_rank_has_its_own_number_and_the_same_meeting_place(tmp_path: Path) -> None:
+    names = ["LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"]
+    program = f"import json; json.dump([os.environ[n] for n in {names}], open(f'{tmp_path}/{{rank}}', 'w'))"
+    assert run_ranks(python(program), 3) == 0
+    ranks, addresses, ports = zip(
+        *(json.loads((tmp_path / str(i)).read_text()) for i in range(3)), strict=True
+    )
+    assert ranks == ("0", "1", "2")
+    assert len(set(addresses)) == len(set(ports)) == 1
+
+
+def test_meeting_place_of_several_machines_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "node7")
+    assert run_ranks(python("sys.exit(os.environ['MASTER_ADDR'] != 'node7')"), 1) == 0
+
+
+@pytest.mark.parametrize(
+    ("program", "expected"),
+    [
+        ("sys.exit(0)", 0),
+        ("sys.exit(75)", 75),
+        ("time.sleep(0.5 * (1 - rank)); sys.exit([1, 3][rank])", 3),  # of the one that failed first
+    ],
+)
+def test_exit_code_is_that_of_the_rank_that_failed_first(program: str, expected: int) -> None:
+    assert run_ranks(python(program), 2) == expected
+
+
+def test_rank_that_was_killed_is_named_and_the_others_do_not_outlive_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(launch, "GRACE_SECONDS", 0.5)
+    start = time.monotonic()
+    with pytest.raises(ChildProcessError, match="rank 1 was ended by SIGKILL; --ckpt_path last goes on"):
+        run_ranks(python("rank and os.kill(os.getpid(), signal.SIGKILL); time.sleep(60)"), 3)
+    assert time.monotonic() - start < 10
+    assert "rank 0 had not left" in caplog.text
+
+
+def test_signals_to_stop_reach_every_rank() -> None:
+    stop = "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75)); "
+    tell = "rank or os.kill(os.getppid(), signal.SIGUSR1); "
+    assert run_ranks(python(f"{stop} time.sleep(0.3); {tell} time.sleep(60)"), 2) == 75
+
+
+def test_rank_stops_when_the_process_that_started_it_is_gone(tmp_path: Path) -> None:
+    rank = (
+        "from stablerep.launch import watch_parent; "
+        f"signal.signal(signal.SIGTERM, lambda *_: (open('{tmp_path}/stopped', 'w'), sys.exit())); "
+        f"watch_parent(); open('{tmp_path}/started', 'w'); time.sleep(60)"
+    )
+    program = f"from stablerep.launch import run_ranks; run_ranks({python(rank)!r}, 1)"
+    with subprocess.Popen(
+        [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(ROOT)}
+    ) as parent:
+        wait_for(tmp_path / "started")
+        parent.send_signal(signal.SIGKILL)
+    wait_for(tmp_path / "stopped")
+
+
+def wait_for(path: Path) -> None:
+    for _ in range(3000):
+        if path.exists():
+            return
+        time.sleep(0.01)
+    raise TimeoutError(path)
