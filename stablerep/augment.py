@@ -1,27 +1,28 @@
-"""Random views: crops in the worker, as uint8; colour, blur and normalisation batched on the device.
+"""Random views: what is drawn for each, and the stage of colours, on batches.
 
-    worker   decode -> RandomResizedCrop -> horizontal flip                  `decode_image`, `crop_view`
-    device   ColorJitter -> grayscale -> Gaussian blur -> normalisation      `augment_batch`
+    worker             decode -> down-sample -> RandomResizedCrop -> flip         `stablerep.data.decoding`
+    worker or device   ColorJitter -> grayscale -> Gaussian blur -> normalisation `augment_batch`
 
-Every random number comes from a generator that the caller passes, so that a view depends on (seed, epoch,
-caption) and a batch's colours on (seed, step, rank), never on the number of workers. Each operation equals
-torchvision's on equal parameters; here the parameters differ from image to image of one batch.
+What is random is drawn before a pixel is there, from a generator of the caption's own: a view depends on
+(seed, epoch, caption), never on ranks, workers or batch mates. Each operation equals torchvision's on equal
+parameters; here the parameters differ from image to image of one batch.
 """
 
-import io
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torchvision.transforms.v2.functional import horizontal_flip, resized_crop
 
-MAX_IMAGE_PIXELS = 64 << 20
 _NUM_CROP_TRIALS = 10
-_GRAY = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma, torchvision's rounding
+_LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601-2, torchvision's rounding
+_NUM_OPERATIONS = 4
+_NEGLIGIBLE_WEIGHT = 1e-7  # of a blur's tap, against the middle one's
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,10 @@ class AugmentationConfig:
         blur_probability: Probability of Gaussian blur.
         blur_sigma: Least and greatest sigma of the blur, pixels; the published (0.1, 2) is for 224 pixels.
         blur_kernel_size: Width of the blur's kernel, pixels, odd; 13 suffices for sigma <= 2.
+        downsample_probability: Probability that the whole image, before the rest, is brought to a shorter
+            side of one of downsample_sizes and then to downsample_restored_size; published: 0.05.
+        downsample_sizes: The shorter sides to draw from, pixels.
+        downsample_restored_size: Shorter side that it is brought back to, pixels.
 
     Reference:
         Tian et al., StableRep, arXiv 2306.00984, appendix; SimCLR, arXiv 2002.05709, appendix A.
@@ -58,9 +63,12 @@ class AugmentationConfig:
     blur_probability: float = 0.5
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     blur_kernel_size: int = 13
+    downsample_probability: float = 0.0
+    downsample_sizes: tuple[int, ...] = (64, 128)
+    downsample_restored_size: int = 256
 
     def __post_init__(self) -> None:
-        for name in ("flip", "jitter", "grayscale", "blur"):
+        for name in ("flip", "jitter", "grayscale", "blur", "downsample"):
             if not 0 <= (value := getattr(self, f"{name}_probability")) <= 1:
                 raise ValueError(f"{name}_probability must be in [0, 1], got {value}")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
@@ -76,9 +84,14 @@ class AugmentationConfig:
             raise ValueError(f"blur_sigma must be ascending and above 0, got {self.blur_sigma}")
         if self.blur_kernel_size < 1 or self.blur_kernel_size % 2 == 0:
             raise ValueError(f"blur_kernel_size must be odd and above 0, got {self.blur_kernel_size}")
+        if not self.downsample_sizes or min(self.downsample_sizes) < 1:
+            raise ValueError(f"downsample_sizes must be one or more, each >= 1, got {self.downsample_sizes}")
+        if self.downsample_restored_size < 1:
+            raise ValueError(f"downsample_restored_size must be >= 1, got {self.downsample_restored_size}")
 
 
 STRONG_VIEW = AugmentationConfig()
+DOWNSAMPLED_VIEW = AugmentationConfig(downsample_probability=0.05)
 WEAK_VIEW = AugmentationConfig(
     crop_scale=(0.5, 1.0),
     flip_probability=0.0,
@@ -87,87 +100,176 @@ WEAK_VIEW = AugmentationConfig(
     blur_probability=0.0,
 )
 
-# --- worker
+# --- what is drawn
 
 
-def decode_image(data: bytes, name: str) -> Tensor:
-    """Decodes a JPEG, PNG or WebP file.
-
-    Args:
-        data: The file's bytes.
-        name: What an error message calls the image.
+class Colours(NamedTuple):
+    """Parameters of the stage of colours, drawn in the worker.
 
     Shapes:
-        -> uint8 [3, H, W]
-
-    Raises:
-        ValueError: If the bytes are not such an image, are cut off, or hold more than `MAX_IMAGE_PIXELS`.
+        order: int [..., 4], the operations in the order of their turn: 0 brightness, 1 contrast,
+            2 saturation, 3 hue; all −1 where there is no jitter.
+        factors: float32 [..., 4], by operation.
+        is_gray: bool [...].
+        sigma: float32 [...], 0 where there is no blur.
     """
-    try:
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:  # reads the header alone
-            if (num_pixels := image.width * image.height) > MAX_IMAGE_PIXELS:
-                raise ValueError(f"it has {num_pixels} pixels, at most {MAX_IMAGE_PIXELS} are read")
-            pixels = np.array(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = "no image" if isinstance(error, UnidentifiedImageError) else str(error).splitlines()[0]
-        raise ValueError(f"image {name} cannot be decoded: {reason}") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+    order: NDArray[Any]
+    factors: NDArray[Any]
+    is_gray: NDArray[Any]
+    sigma: NDArray[Any]
 
 
-def draw_crop(
-    rng: np.random.Generator, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
-) -> tuple[int, int, int, int]:
-    """Box (top, left, height, width) of RandomResizedCrop, with torchvision's distribution."""
-    log_ratio = np.log(ratio)
-    for _ in range(_NUM_CROP_TRIALS):
-        area = height * width * rng.uniform(*scale)
-        aspect = np.exp(rng.uniform(*log_ratio))
-        w, h = round(float(np.sqrt(area * aspect))), round(float(np.sqrt(area / aspect)))
-        if 0 < w <= width and 0 < h <= height:
-            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
-    aspect = min(max(width / height, ratio[0]), ratio[1])  # the largest central crop of an allowed ratio
-    w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
-    return (height - h) // 2, (width - w) // 2, h, w
-
-
-def crop_view(image: Tensor, rng: np.random.Generator, image_size: int, config: AugmentationConfig) -> Tensor:
-    """RandomResizedCrop (bilinear, antialiased) and horizontal flip of one image.
+@dataclass(frozen=True)
+class ViewDraws:
+    """What is drawn for the views of one caption.
 
     Shapes:
-        uint8 [3, H, W] -> uint8 [3, image_size, image_size]
+        short_sides: int [views], to which the image is down-sampled; 0 where it is not.
+        trials: float [views, 10, 2], share of area and logarithm of the ratio of each try at a crop.
+        places: float [views, 2], where in its room the crop lies, in [0, 1).
+        is_flipped: bool [views].
+        colours: Of each view.
     """
-    top, left, height, width = draw_crop(
-        rng, image.shape[1], image.shape[2], config.crop_scale, config.crop_ratio
+
+    short_sides: NDArray[np.int64]
+    trials: NDArray[np.float64]
+    places: NDArray[np.float64]
+    is_flipped: NDArray[np.bool_]
+    colours: Colours
+
+    def crop_box(
+        self, index: int, height: int, width: int, config: AugmentationConfig
+    ) -> tuple[int, int, int, int]:
+        """Box (top, left, height, width) of RandomResizedCrop, with torchvision's distribution."""
+        for share, log_ratio in self.trials[index].tolist():
+            area, ratio = height * width * share, math.exp(log_ratio)
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                down, right = self.places[index].tolist()
+                return int(down * (height - h + 1)), int(right * (width - w + 1)), h, w
+        low, high = config.crop_ratio  # the largest central crop of an allowed ratio
+        ratio = min(max(width / height, low), high)
+        w, h = min(width, round(height * ratio)), min(height, round(width / ratio))
+        return (height - h) // 2, (width - w) // 2, h, w
+
+
+def draw_views(rng: np.random.Generator, num_views: int, config: AugmentationConfig) -> ViewDraws:
+    """Draws everything that is random about the views of a caption."""
+    chance = rng.random((5, num_views))
+    low, high = np.log(config.crop_ratio)
+    uniform = rng.random((num_views, _NUM_CROP_TRIALS, 2))
+    least = np.array([config.crop_scale[0], low])
+    trials = least + uniform * (np.array([config.crop_scale[1], high]) - least)
+    strengths = np.array([config.brightness, config.contrast, config.saturation])
+    lows = np.array([*np.maximum(0.0, 1 - strengths), -config.hue])
+    highs = np.array([*(1 + strengths), config.hue])
+    order = rng.permuted(np.tile(np.arange(_NUM_OPERATIONS, dtype=np.int8), (num_views, 1)), axis=1)
+    order[chance[0] >= config.jitter_probability] = -1
+    sigma = rng.uniform(*config.blur_sigma, size=num_views)
+    short_sides = rng.choice(np.array(config.downsample_sizes), size=num_views)
+    return ViewDraws(
+        short_sides=np.where(chance[1] < config.downsample_probability, short_sides, 0),
+        trials=trials,
+        places=rng.random((num_views, 2)),
+        is_flipped=chance[2] < config.flip_probability,
+        colours=Colours(
+            order=order,
+            factors=(lows + rng.random((num_views, _NUM_OPERATIONS)) * (highs - lows)).astype(np.float32),
+            is_gray=chance[3] < config.grayscale_probability,
+            sigma=np.where(chance[4] < config.blur_probability, sigma, 0.0).astype(np.float32),
+        ),
     )
-    view: Tensor = resized_crop(image, top, left, height, width, [image_size, image_size], antialias=True)
-    return horizontal_flip(view) if rng.random() < config.flip_probability else view
 
 
-# --- device
+def stack_colours(parts: Sequence[Colours]) -> Colours:
+    """One dimension more: [...] each -> [len(parts), ...]."""
+    return Colours(*map(np.stack, zip(*parts, strict=True)))
+
+
+def flatten_colours(colours: Colours) -> Colours:
+    """Captions and views as one dimension: [captions, views, ...] -> [captions · views, ...]."""
+    return Colours(*(values.reshape(-1, *values.shape[2:]) for values in colours))
+
+
+# --- the stage of colours
 
 
 def augment_batch(
     images: Tensor,
+    colours: Colours,
     config: AugmentationConfig,
-    rng: np.random.Generator,
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> Tensor:
     """ColorJitter, grayscale, blur and normalisation, with parameters of its own for each image.
 
+    On the CPU images pass one by one, so that each stays in the cache from the first operation to the last;
+    elsewhere together, those with the same operation at a turn as one batch.
+
+    Args:
+        images: The images.
+        colours: Parameters of each.
+        config: Which operations there are; the parameters were drawn from it.
+        mean: Of each channel, subtracted at the end.
+        std: Of each channel, divided by at the end.
+
     Shapes:
-        uint8 [N, 3, H, W] -> float32 [N, 3, H, W]
+        images uint8 [N, 3, H, W], colours [N] -> float32 [N, 3, H, W]
     """
-    x = images.float() / 255
-    x = _jitter(x, config, rng)
-    rows = _rows(rng.random(len(x)) < config.grayscale_probability, x)
-    x[rows] = to_grayscale(x[rows])
-    sigma = rng.uniform(*config.blur_sigma, size=len(x))
-    chosen = rng.random(len(x)) < config.blur_probability
-    if chosen.any():
-        rows = _rows(chosen, x)
-        x[rows] = gaussian_blur(x[rows], _column(sigma[chosen], x), config.blur_kernel_size)
+    views = torch.empty(images.shape, dtype=torch.float32, device=images.device)
+    num_at_once = 1 if images.device.type == "cpu" else max(1, len(images))
+    for start in range(0, len(images), num_at_once):
+        rows = slice(start, start + num_at_once)
+        part = Colours(*(values[rows] for values in colours))
+        views[rows] = _augment(images[rows], part, config, mean, std)
+    return views
+
+
+def _augment(
+    images: Tensor,
+    colours: Colours,
+    config: AugmentationConfig,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> Tensor:
+    x = images / 255
+    strengths = (config.brightness, config.contrast, config.saturation, config.hue)
+    operations = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+    for turn in range(_NUM_OPERATIONS):
+        for index, (operation, strength) in enumerate(zip(operations, strengths, strict=True)):
+            if strength > 0:
+                factors = colours.factors[:, index]
+                x = _apply_to(x, colours.order[:, turn] == index, operation, factors)
+    x = _apply_to(x, colours.is_gray, lambda part, _: to_grayscale(part), colours.sigma)
+    x = _apply_to(
+        x,
+        colours.sigma > 0,
+        lambda part, sigma: gaussian_blur(part, sigma, config.blur_kernel_size),
+        colours.sigma,
+    )
     return normalize(x, mean, std)
+
+
+def _apply_to(
+    x: Tensor,
+    chosen: NDArray[np.bool_],
+    operation: Callable[[Tensor, Tensor], Tensor],
+    values: NDArray[np.float32],
+) -> Tensor:
+    """The operation on the chosen images."""
+    if chosen.all():
+        return operation(x, _to_tensor(values, x))
+    if chosen.any():
+        rows = _to_tensor(np.flatnonzero(chosen), x)
+        x[rows] = operation(x[rows], _to_tensor(values[chosen], x))
+    return x
+
+
+def _to_tensor(values: NDArray[np.generic], like: Tensor) -> Tensor:
+    """On the device of `like`, without waiting for what that still computes."""
+    tensor = torch.from_numpy(np.ascontiguousarray(values))
+    return tensor.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else tensor
 
 
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
@@ -177,44 +279,18 @@ def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
         float [N, 3, H, W] in [0, 1] -> float [N, 3, H, W]
     """
     shape = (1, len(mean), 1, 1)
-    return (images - images.new_tensor(mean).view(shape)) / images.new_tensor(std).view(shape)
+    return (images - images.new_tensor(mean).view(shape)).div_(images.new_tensor(std).view(shape))
 
 
-def _jitter(x: Tensor, config: AugmentationConfig, rng: np.random.Generator) -> Tensor:
-    """The four operations of ColorJitter in an order of its own for each image."""
-    num_images = len(x)
-    applied = rng.random(num_images) < config.jitter_probability
-    order = rng.permuted(np.tile(np.arange(4), (num_images, 1)), axis=1)  # [N, 4]
-    strengths = (config.brightness, config.contrast, config.saturation)
-    factors = [rng.uniform(max(0.0, 1 - s), 1 + s, size=num_images) for s in strengths]
-    factors.append(rng.uniform(-config.hue, config.hue, size=num_images))
-    operations = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
-    for place in range(4):
-        for index, (operation, factor) in enumerate(zip(operations, factors, strict=True)):
-            chosen = applied & (order[:, place] == index)
-            if (*strengths, config.hue)[index] > 0 and chosen.any():
-                rows = _rows(chosen, x)
-                x[rows] = operation(x[rows], _column(factor[chosen], x))
-    return x
-
-
-def _rows(chosen: NDArray[np.bool_], like: Tensor) -> Tensor:
-    """Indices of the chosen images, on their device."""
-    return torch.from_numpy(np.flatnonzero(chosen)).to(like.device)
-
-
-def _column(values: NDArray[np.float64], like: Tensor) -> Tensor:
-    return torch.from_numpy(values).to(device=like.device, dtype=like.dtype)
-
-
-def _blend(x: Tensor, other: Tensor, factor: Tensor) -> Tensor:
+def _blend(other: Tensor, x: Tensor, factor: Tensor) -> Tensor:
     """factor · x + (1 − factor) · other, clamped to [0, 1]."""
     f = factor.view(-1, 1, 1, 1)
-    return (x * f + other * (1 - f)).clamp_(0, 1)
+    return (x * f).add_(other * (1 - f)).clamp_(0, 1)
 
 
 def _luma(x: Tensor) -> Tensor:
-    return (x * x.new_tensor(_GRAY).view(1, 3, 1, 1)).sum(dim=1, keepdim=True)
+    red, green, blue = x.split(1, dim=1)
+    return (red * _LUMA[0]).add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2])
 
 
 def to_grayscale(x: Tensor) -> Tensor:
@@ -223,7 +299,7 @@ def to_grayscale(x: Tensor) -> Tensor:
     Shapes:
         [N, 3, H, W] -> [N, 3, H, W]
     """
-    return _luma(x).expand_as(x)
+    return _luma(x).repeat(1, 3, 1, 1)
 
 
 def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
@@ -241,7 +317,8 @@ def adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
     Shapes:
         x [N, 3, H, W] in [0, 1], factor [N] -> [N, 3, H, W]
     """
-    return _blend(x, _luma(x).mean(dim=(1, 2, 3), keepdim=True), factor)
+    mean = _luma(x.mean(dim=(2, 3), keepdim=True))  # the mean of the luma is the luma of the means
+    return _blend(mean, x, factor)
 
 
 def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
@@ -250,31 +327,39 @@ def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
     Shapes:
         x [N, 3, H, W] in [0, 1], factor [N] -> [N, 3, H, W]
     """
-    return _blend(x, _luma(x), factor)
+    return _blend(_luma(x), x, factor)
 
 
 def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
     """Turns the hue by `shift` of the colour circle, value and saturation kept.
 
-    With value v, chroma c and hue h in [0, 6), a channel is v − c · clamp(min(k, 4 − k), 0, 1), where
-    k = (n + h) mod 6 and n = 5, 3, 1 for red, green, blue: no six-way choice.
+    With value v, chroma c and hue h in [0, 1), a channel is v − c · clamp(6d − 1, 0, 1), where d is the
+    distance on the circle of h from the channel's own hue, 0, ⅓ or ⅔: no six-way choice. With
+    k(a) = clamp(|h − a|, ⅙, ⅓) that is v + c − 6c · k(⅓) for green, v + c − 6c · k(⅔) for blue and
+    v − 2c + 6c · k(½) for red. The hue itself is |K + (middle − low) / 6c|, with K of the sector.
 
     Shapes:
         x [N, 3, H, W] in [0, 1], shift [N] in [-0.5, 0.5] -> [N, 3, H, W]
     """
-    value = x.amax(dim=1)  # [N, H, W]
-    chroma = value - x.amin(dim=1)
-    red, green, blue = x.unbind(dim=1)
-    divisor = torch.where(chroma == 0, 1.0, chroma)
-    hue = torch.where(
-        red == value,
-        (green - blue) / divisor,
-        torch.where(green == value, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
-    )
-    hue = hue + 6 * shift.view(-1, 1, 1)
-    n = x.new_tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1)
-    k = (n + hue.unsqueeze(1)).remainder(6)
-    return value.unsqueeze(1) - chroma.unsqueeze(1) * torch.minimum(k, 4 - k).clamp_(0, 1)
+    red, green, blue = x.unbind(dim=1)  # [N, H, W] each
+    high, low = torch.maximum(green, blue), torch.minimum(green, blue)
+    value, middle = torch.maximum(red, high), torch.minimum(red, high)
+    chroma = value - torch.minimum(middle, low)
+    is_blue_side = (blue - green).sign_().clamp_(min=0)  # 0 or 1: comparisons are slower than arithmetic
+    is_red_less = (high - red).sign_().clamp_(min=0)
+    sector = (is_blue_side * 2).sub_(1 / 3).mul_(is_red_less).sub_(is_blue_side)
+    inverse = chroma.clamp(min=torch.finfo(x.dtype).tiny).reciprocal_()  # of grey, times a difference of 0
+    hue = sector.addcmul_(middle.sub_(low), inverse, value=1 / 6).abs_()
+    hue = hue.add_(shift.view(-1, 1, 1))
+    hue.sub_(hue.floor())  # in [0, 1)
+    out = torch.empty_like(x)
+    far, near = torch.sub(value, chroma, alpha=2), value.add_(chroma)
+    for channel, (base, middle_hue, sign) in enumerate(
+        [(far, 1 / 2, 6), (near, 1 / 3, -6), (near, 2 / 3, -6)]
+    ):
+        distance = (hue - middle_hue).abs_().clamp_(1 / 6, 1 / 3)
+        torch.addcmul(base, chroma, distance, value=sign, out=out[:, channel])
+    return out
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
@@ -288,17 +373,27 @@ def gaussian_blur(x: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
     Shapes:
         x [N, 3, H, W], sigma [N] -> [N, 3, H, W]
     """
-    num_images, channels, height, width = x.shape
+    height, width = x.shape[2:]
     radius = kernel_size // 2
     if radius >= min(height, width):
         limit = 2 * min(height, width)
         raise ValueError(f"blur_kernel_size must be < {limit} at this size, got {kernel_size}")
-    place = torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype)
-    kernel = (-0.5 * (place / sigma.view(-1, 1)).square()).exp()  # [N, K]
-    kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(channels, dim=0)
-    groups = num_images * channels
-    flat = F.pad(x.reshape(num_images, channels, height, width), [radius] * 4, mode="reflect")
-    flat = flat.reshape(1, groups, height + 2 * radius, width + 2 * radius)
-    flat = F.conv2d(flat, kernel.view(groups, 1, 1, kernel_size), groups=groups)
-    flat = F.conv2d(flat, kernel.view(groups, 1, kernel_size, 1), groups=groups)
-    return flat.view(num_images, channels, height, width)
+    place = torch.arange(radius + 1, device=x.device, dtype=x.dtype)
+    kernel = (-0.5 * (place / sigma.view(-1, 1)).square()).exp()  # [N, radius + 1], from the middle outwards
+    kernel = kernel / (2 * kernel.sum(dim=1, keepdim=True) - 1)
+    if x.device.type == "cpu":  # where looking costs nothing, taps that add nothing are left out
+        radius = max(1, int((kernel > _NEGLIGIBLE_WEIGHT).any(dim=0).sum()) - 1)
+    x = F.pad(x, [radius] * 4, mode="reflect")
+    for axis, size in ((3, width), (2, height)):
+        x = _convolve(x, kernel, radius, axis, size)
+    return x
+
+
+def _convolve(x: Tensor, kernel: Tensor, radius: int, axis: int, size: int) -> Tensor:
+    """Σ_k kernel_|k| · x shifted by k along an axis."""
+    weights = [weight.view(-1, 1, 1, 1) for weight in kernel.unbind(dim=1)]
+    out = x.narrow(axis, radius, size) * weights[0]
+    for k in range(1, radius + 1):
+        pair = x.narrow(axis, radius - k, size) + x.narrow(axis, radius + k, size)
+        out.addcmul_(pair, weights[k])
+    return out

@@ -1,32 +1,43 @@
-"""Shards to batches: a global order that depends on (seed, epoch) alone, shared out by construction.
+"""Shards to batches: which steps a worker makes, and how a step's captions become views.
 
-    order     the epoch's shards, shuffled, laid end to end in a ring and cut anywhere: captions 0 … T − 1
-    steps     S = T // (R · B) for R ranks and B captions a rank and step, the same for every rank
-    share     a rank takes S · B consecutive captions, a worker a run of whole batches among them
-    shuffle   within a window of the share
+    order     `stablerep.data.order`: the captions of step k, of all ranks, from (seed, epoch, k) alone
+    ranks     rank r takes the r-th B of a step's captions
+    workers   worker w of W takes the steps w, w + W, …: the sequence of steps is the same for any W
+    views     of a caption depend on (seed, pass over its dataset, caption): ranks and workers change nothing
 
-A share may begin and end inside a shard, so any number of shards feeds any number of ranks and workers; the
-fewer than R · B captions that are left over differ from epoch to epoch. The views of a caption depend on
-(seed, epoch, caption): neither ranks nor workers change them.
+A worker reads some of its steps ahead, in the order of the files, while it decodes those before. A caption
+that cannot be used is counted by reason, and another of the batch takes its place with fresh views: labels
+are those of content, so the repeat is an exact positive.
 """
 
-import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from data_gen.shards import Sample, Shard, read_samples
-from stablerep.augment import AugmentationConfig, crop_view, decode_image
+from data_gen.shards import ShardError
+from stablerep.augment import (
+    AugmentationConfig,
+    Colours,
+    augment_batch,
+    draw_views,
+    flatten_colours,
+    stack_colours,
+)
+from stablerep.backbones import IMAGENET_MEAN, IMAGENET_STD
+from stablerep.data.decoding import decode_views
+from stablerep.data.order import Order, Position
+from stablerep.data.sources import Extent, ShardedDataset
 
-logger = logging.getLogger(__name__)
+Positives = Literal["caption", "image", "class"]
 
-Positives = Literal["caption", "image"]
+DROP_REASONS = ("shard broken", "image unreadable", "image undecodable")
+_VIEWS, _SUBSTITUTE = range(2)  # keep the random numbers of the two apart
 
 
 class Batch(TypedDict):
@@ -34,13 +45,26 @@ class Batch(TypedDict):
 
     Shapes:
         images: uint8 [num_captions, num_views, 3, H, W] from the worker, normalised float32 on the device.
-        labels: int64 [num_captions], 63 bits of the caption's id (of the image's, when positives="image").
+        labels: int64 [num_captions]: equal numbers are each other's positives. 63 bits of the caption's id,
+            of the image's with positives="image", the class with positives="class".
+        captions: num_captions texts, "" where the data have none.
+        colours: Parameters of the stage of colours, while that is to come.
+        epoch: Index of the epoch.
+        num_captions_taken: Captions of the epoch up to the end of this step, over all ranks.
+        num_steps_left: Steps of the epoch that come after this one.
+        num_dropped: By reason, as `DROP_REASONS`.
+        first_drop: Why, of the first that was dropped; "" where none was.
     """
 
     images: Tensor
     labels: Tensor
     captions: list[str]
-    num_images_dropped: int
+    colours: NotRequired[Colours]
+    epoch: int
+    num_captions_taken: int
+    num_steps_left: int
+    num_dropped: list[int]
+    first_drop: str
 
 
 @dataclass(frozen=True)
@@ -49,8 +73,8 @@ class ViewConfig:
 
     Attributes:
         num_views: Views of each caption in a batch.
-        positives: "caption" draws views from different images of the caption, "image" crops one image again
-            and again: SimCLR's positives.
+        positives: "caption" draws views from different images of the caption; "image" crops one image again
+            and again, SimCLR's positives; "class" does so too, and images of a class are positives.
         image_size: Side of a view, pixels.
         augmentation: Distribution of the views.
         seed: Seed of every draw.
@@ -69,201 +93,228 @@ class ViewConfig:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Consecutive samples [start, stop) of one shard."""
+class EncodedCaption:
+    """A caption whose images are read and not decoded yet.
 
-    shard: Shard
-    start: int
-    stop: int
-
-
-def plan_epoch(shards: list[Shard], seed: int, epoch: int) -> list[Piece]:
-    """The epoch's global order, drawn from (seed, epoch): every caption once.
-
-    It begins anywhere, so that what is left over at its end is left over by chance, with one shard too.
+    Attributes:
+        key: Keys its random numbers, with the seed.
+        label: See `Batch`.
+        caption: Its text.
+        names: What messages call the images.
+        images: The files.
     """
-    rng = np.random.default_rng([seed, epoch])
-    pieces = [Piece(shards[i], 0, shards[i].num_samples) for i in rng.permutation(len(shards))]
-    num_captions = sum(shard.num_samples for shard in shards)
-    start = int(rng.integers(num_captions))
-    return take_pieces(pieces, start, num_captions) + take_pieces(pieces, 0, start)
+
+    key: tuple[int, ...]
+    label: int
+    caption: str
+    names: tuple[str, ...]
+    images: tuple[bytes, ...]
 
 
-def take_pieces(pieces: Iterable[Piece], start: int, stop: int) -> list[Piece]:
-    """The captions [start, stop) of pieces laid end to end."""
-    taken, first = [], 0
-    for piece in pieces:
-        last = first + piece.stop - piece.start
-        low, high = max(start, first), min(stop, last)
-        if low < high:
-            taken.append(Piece(piece.shard, piece.start + low - first, piece.start + high - first))
-        first = last
-    return taken
+@dataclass(frozen=True)
+class _Wanted:
+    """A caption whose images are to be read; otherwise as `EncodedCaption`."""
+
+    key: tuple[int, ...]
+    label: int
+    caption: str
+    names: tuple[str, ...]
+    extents: tuple[Extent, ...]
+
+    def fill(self, contents: Sequence[bytes | OSError]) -> "EncodedCaption | Drop":
+        for content in contents:
+            if isinstance(content, OSError):
+                return Drop("image unreadable", str(content))
+        images = tuple(content for content in contents if isinstance(content, bytes))
+        return EncodedCaption(self.key, self.label, self.caption, self.names, images)
 
 
-def share_of_worker(
-    num_steps: int, num_captions_per_rank: int, rank: int, worker: int, num_workers: int
-) -> range:
-    """The captions of the global order that a worker of a rank reads: whole batches, none shared.
+@dataclass(frozen=True)
+class Drop:
+    """A caption that cannot be used: one of `DROP_REASONS`, and the error."""
 
-    Workers take turns at handing out batches, so the first `num_steps % num_workers` of them have one more.
-    """
-    base, extra = divmod(num_steps, num_workers)
-    first_batch = rank * num_steps + worker * base + min(worker, extra)
-    num_batches = base + (worker < extra)
-    return range(first_batch * num_captions_per_rank, (first_batch + num_batches) * num_captions_per_rank)
+    reason: str
+    message: str
 
 
-def label_of(caption_id: str, image_index: int | None = None) -> int:
-    """63 bits of the caption's id; with an index, another such number for each image of the caption."""
-    label = int(caption_id[:16], 16) >> 1
-    if image_index is not None:
-        label = int(np.random.SeedSequence([label, image_index]).generate_state(1, np.uint64)[0]) >> 1
-    return label
-
-
-def draw_views(sample: Sample, epoch: int, config: ViewConfig, where: str) -> tuple[Tensor, int, list[str]]:
-    """Decodes and crops the views of one caption.
-
-    Args:
-        sample: The caption and its images.
-        epoch: Index of the pass over the data.
-        config: How views are drawn.
-        where: What an error message calls the sample's place.
-
-    Returns:
-        The views uint8 [num_views, 3, size, size], the label, and the images that could not be decoded; with
-        fewer good images than the views need the first is empty.
-    """
-    rng = np.random.default_rng([config.seed, epoch, label_of(sample.caption_id)])
-    images: list[Tensor] = []
-    errors: list[str] = []
-    index = 0
-    for index in map(int, rng.permutation(len(sample.images))):
-        try:
-            images.append(decode_image(sample.images[index], f"{sample.key}.{index} of {where}"))
-        except ValueError as error:
-            errors.append(str(error))
-        if len(images) == config.num_images:
-            break
-    if len(images) < config.num_images:
-        return torch.empty(0), 0, errors
-    if config.positives == "image":
-        images *= config.num_views
-    views = [crop_view(image, rng, config.image_size, config.augmentation) for image in images]
-    return (
-        torch.stack(views),
-        label_of(sample.caption_id, index if config.positives == "image" else None),
-        errors,
-    )
+def label_of(identity: int, image_index: int) -> int:
+    """A number for an image of a caption, of 63 bits, as that of the caption itself."""
+    state = np.random.SeedSequence([identity, image_index]).generate_state(1, np.uint64)
+    return int(state[0]) >> 1
 
 
 @dataclass
-class _Drops:
-    """Counts what one worker could not use in this pass, and stops past the budget."""
-
-    num_images_expected: int
-    error_budget_fraction: float
-    num_images: int = 0
-
-    def add(self, errors: list[str]) -> None:
-        for error in errors:
-            self.num_images += 1
-            if self.num_images > self.error_budget_fraction * self.num_images_expected:
-                raise ValueError(
-                    f"{error}; {self.num_images} of {self.num_images_expected} images undecodable, "
-                    f"error_budget_fraction is {self.error_budget_fraction}"
-                )
-            logger.warning("dropped: %s", error)
-
-
-@dataclass
-class ShardStream(IterableDataset[dict[str, Any]]):
-    """This rank's batches of one epoch; each further iteration is the next epoch.
+class StepStream(IterableDataset[dict[str, Any]]):
+    """This rank's batches, from `start_at` to the end of the epoch.
 
     An error is handed over as a batch {"error": text}: the loader would wrap it into a worker's traceback.
 
     Attributes:
-        shards: The verified shards.
+        datasets: What is read.
+        order: Which captions, when.
         views: How views are drawn.
         num_captions_per_rank: Captions in a batch.
-        num_steps: Batches of this rank in an epoch.
         rank: Index of this rank.
-        num_captions_in_shuffle_window: Captions held in a worker, of which the next is drawn.
-        error_budget_fraction: Share of images that may be undecodable.
-        epoch: Index of the first pass.
+        num_ranks: Number of ranks.
+        num_steps_read_ahead: Steps that a worker reads at a time, in the order of the files, >= 1.
+        colours_in_worker: Whether the stage of colours runs here, and views leave as float32.
     """
 
-    shards: list[Shard]
+    datasets: Sequence[ShardedDataset]
+    order: Order
     views: ViewConfig
     num_captions_per_rank: int
-    num_steps: int
-    rank: int
-    num_captions_in_shuffle_window: int
-    error_budget_fraction: float
-    epoch: int = 0
+    rank: int = 0
+    num_ranks: int = 1
+    num_steps_read_ahead: int = 4
+    colours_in_worker: bool = False
 
-    def __len__(self) -> int:
-        return self.num_steps
+    def __post_init__(self) -> None:
+        self._start = torch.zeros(2, dtype=torch.int64).share_memory_()  # workers outlive an epoch
+
+    def start_at(self, position: Position) -> None:
+        """Where the next iteration begins, in this process and the workers'."""
+        self._start[0], self._start[1] = position.epoch, position.num_captions
+
+    @property
+    def num_captions_per_step(self) -> int:
+        """G = ranks · B."""
+        return self.num_ranks * self.num_captions_per_rank
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        epoch, self.epoch = self.epoch, self.epoch + 1  # workers persist, so each keeps this count
+        start = Position(*self._start.tolist())
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
-        share = share_of_worker(self.num_steps, self.num_captions_per_rank, self.rank, worker, num_workers)
+        num_steps = self.order.num_steps(self.num_captions_per_step, start)
         try:
-            yield from self._batches(share, epoch)
+            for step, captions in self._read_ahead(start, range(worker, num_steps, num_workers)):
+                batch = self._build_batch(captions)
+                batch |= {"epoch": start.epoch, "num_steps_left": num_steps - 1 - step}
+                batch["num_captions_taken"] = start.num_captions + (step + 1) * self.num_captions_per_step
+                yield batch
         except (ValueError, OSError) as error:
             yield {"error": str(error)}
 
-    def _batches(self, share: range, epoch: int) -> Iterator[dict[str, Any]]:
-        drops = _Drops(len(share) * self.views.num_images, self.error_budget_fraction)
-        samples = self._samples(share, epoch, drops)
-        for _ in range(len(share) // self.num_captions_per_rank):
-            num_before = drops.num_images
-            views, labels, captions = zip(*islice(samples, self.num_captions_per_rank), strict=True)
-            batch: dict[str, Any] = {"images": torch.stack(views), "labels": torch.tensor(labels)}
-            yield batch | {"captions": list(captions), "num_images_dropped": drops.num_images - num_before}
+    def positions(self, start: Position, step: int) -> range:
+        """This rank's share of the positions of a step, counted from `start`."""
+        first = start.num_captions + step * self.num_captions_per_step
+        first += self.rank * self.num_captions_per_rank
+        return range(first, first + self.num_captions_per_rank)
 
-    def _samples(self, share: range, epoch: int, drops: _Drops) -> Iterator[tuple[Tensor, int, str]]:
-        """The share's captions, shuffled within a window, and then again from its start.
+    def _read_ahead(self, start: Position, steps: range) -> Iterator[tuple[int, list[EncodedCaption | Drop]]]:
+        """The captions of each step, while a thread reads those of the next few."""
+        blocks = [
+            steps[first : first + self.num_steps_read_ahead]
+            for first in range(0, len(steps), self.num_steps_read_ahead)
+        ]
+        with ThreadPoolExecutor(1, "read-ahead") as thread:
+            pending = [thread.submit(self._read_steps, start, block) for block in blocks[:1]]
+            for number, block in enumerate(blocks):
+                captions = pending.pop().result()
+                if number + 1 < len(blocks):
+                    pending.append(thread.submit(self._read_steps, start, blocks[number + 1]))
+                for index, step in enumerate(block):
+                    first = index * self.num_captions_per_rank
+                    yield step, captions[first : first + self.num_captions_per_rank]
 
-        So a worker that lost a caption still hands out the number of batches that was planned.
-        """
-        pieces = take_pieces(plan_epoch(self.shards, self.views.seed, epoch), share.start, share.stop)
-        while True:
-            num_used = 0
-            rng = np.random.default_rng([self.views.seed, epoch, share.start])
-            for sample, where in shuffle_window(_read(pieces), self.num_captions_in_shuffle_window, rng):
-                views, label, errors = draw_views(sample, epoch, self.views, where)
-                drops.add(errors)
-                if len(views):
-                    num_used += 1
-                    yield views, label, sample.caption
-            if not num_used:
-                raise ValueError(
-                    f"none of {len(share)} captions has {self.views.num_images} decodable images"
+    def _read_steps(self, start: Position, steps: range) -> list[EncodedCaption | Drop]:
+        """The captions of some steps, one after the other; their images are read as the files have them."""
+        positions = np.array([p for step in steps for p in self.positions(start, step)], dtype=np.int64)
+        places = self.order.locate(start.epoch, positions)
+        found: list[EncodedCaption | Drop] = [Drop("", "")] * len(positions)
+        for index, dataset in enumerate(self.datasets):
+            own = np.flatnonzero(places.dataset == index)
+            own = own[np.lexsort((places.sample[own], places.shard[own]))]
+            wanted = [
+                self._look_up(dataset, int(places.passes[i]), int(places.shard[i]), int(places.sample[i]))
+                for i in own
+            ]
+            extents = [extent for want in wanted if isinstance(want, _Wanted) for extent in want.extents]
+            contents = iter(dataset.read(extents))
+            for place, want in zip(own.tolist(), wanted, strict=True):
+                found[place] = (
+                    want if isinstance(want, Drop) else want.fill([next(contents) for _ in want.extents])
                 )
+        return found
+
+    def _look_up(
+        self, dataset: ShardedDataset, index_of_pass: int, shard: int, sample: int
+    ) -> "_Wanted | Drop":
+        """Which images of a caption are drawn, and where they lie."""
+        try:
+            table = dataset.table(shard)
+        except ShardError as error:
+            return Drop("shard broken", str(error))
+        except OSError as error:
+            return Drop("image unreadable", str(error))
+        identity = int(table.ids[sample])
+        key = (index_of_pass, identity, int(table.occurrences[sample]))
+        images = self._rng(key).permutation(dataset.num_images)[: self.views.num_images].tolist()
+        labels = {
+            "caption": lambda: identity,
+            "image": lambda: label_of(identity, images[0]),
+            "class": lambda: int(table.labels[sample]),
+        }
+        extents = tuple(table.extent(shard, sample, image) for image in images)
+        where = dataset.name_of(shard)
+        return _Wanted(
+            key=key,
+            label=labels[self.views.positives](),
+            caption="" if table.captions is None else table.captions[sample].as_py(),
+            names=tuple(
+                f"{image} at byte {extent.offset} of {where}"
+                for image, extent in zip(images, extents, strict=True)
+            ),
+            extents=extents,
+        )
+
+    def _rng(self, key: Sequence[int], *more: int) -> np.random.Generator:
+        return np.random.default_rng([self.views.seed, _VIEWS, *key, *more])
+
+    def _build_batch(self, captions: list[EncodedCaption | Drop]) -> dict[str, Any]:
+        """Decodes a step's captions; those that cannot be used give way to others of the batch."""
+        size = self.views.image_size
+        images = torch.empty(len(captions), self.views.num_views, 3, size, size, dtype=torch.uint8)
+        good: dict[int, tuple[EncodedCaption, Colours]] = {}
+        drops: dict[int, Drop] = {}
+        for place, caption in enumerate(captions):
+            if isinstance(caption, Drop):
+                drops[place] = caption
+                continue
+            try:
+                good[place] = caption, self._draw(caption, self._rng(caption.key), images[place])
+            except ValueError as error:
+                drops[place] = Drop("image undecodable", str(error))
+        places = list(good)
+        for place, drop in drops.items():
+            if not places:
+                raise ValueError(f"{drop.message}; none of the {len(captions)} captions of a step is usable")
+            rng = np.random.default_rng([self.views.seed, _SUBSTITUTE, place, good[places[0]][0].key[1]])
+            other = good[places[int(rng.integers(len(places)))]][0]
+            good[place] = other, self._draw(other, rng, images[place])
+        used = [good[place] for place in range(len(captions))]
+        reasons = [drop.reason for drop in drops.values()]
+        batch = {
+            "images": images,
+            "labels": torch.tensor([caption.label for caption, _ in used]),
+            "captions": [caption.caption for caption, _ in used],
+            "num_dropped": [reasons.count(reason) for reason in DROP_REASONS],
+            "first_drop": next((drop.message for drop in drops.values()), ""),
+        }
+        colours = stack_colours([colours for _, colours in used])
+        if self.colours_in_worker:
+            return colour_batch(batch, colours, self.views.augmentation)
+        return batch | {"colours": colours}
+
+    def _draw(self, caption: EncodedCaption, rng: np.random.Generator, out: Tensor) -> Colours:
+        draws = draw_views(rng, self.views.num_views, self.views.augmentation)
+        decode_views(caption.images, caption.names, draws, self.views.augmentation, out)
+        return draws.colours
 
 
-def _read(pieces: list[Piece]) -> Iterator[tuple[Sample, str]]:
-    for piece in pieces:
-        for sample in islice(read_samples(piece.shard), piece.start, piece.stop):
-            yield sample, piece.shard.tar_name
-
-
-def shuffle_window(items: Iterable[Any], window: int, rng: np.random.Generator) -> Iterator[Any]:
-    """Every item once, each drawn from the next `window` unread ones."""
-    held: list[Any] = []
-    for item in items:
-        held.append(item)
-        if len(held) >= window:
-            yield _draw(held, rng)
-    while held:
-        yield _draw(held, rng)
-
-
-def _draw(held: list[Any], rng: np.random.Generator) -> Any:
-    place = int(rng.integers(len(held)))
-    held[place], held[-1] = held[-1], held[place]
-    return held.pop()
+def colour_batch(batch: dict[str, Any], colours: Colours, augmentation: AugmentationConfig) -> dict[str, Any]:
+    """The batch after the stage of colours, on the device where its images are."""
+    images = batch["images"]
+    flat = flatten_colours(colours)
+    views = augment_batch(images.flatten(0, 1), flat, augmentation, IMAGENET_MEAN, IMAGENET_STD)
+    return batch | {"images": views.unflatten(0, images.shape[:2])}

@@ -1,6 +1,7 @@
 """Small datasets of random images, written by the writer of `stablerep generate`."""
 
 import io
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -47,12 +48,13 @@ def write_dataset(
     num_images: int = 4,
     size: int = 16,
     corrupt: frozenset[int] | set[int] = frozenset(),
+    prefix: str = "",
 ) -> list[str]:
     """Writes shards of the given numbers of captions; returns the captions in order.
 
-    The captions whose indices are in `corrupt` have an image that cannot be decoded.
+    The captions whose indices are in `corrupt` have an image that cannot be decoded; all begin with `prefix`.
     """
-    captions = [f"caption number {index}" for index in range(sum(num_captions_of_shards))]
+    captions = [f"{prefix} caption number {index}".strip() for index in range(sum(num_captions_of_shards))]
     root.mkdir(parents=True, exist_ok=True)
     settings = {"generator": {"model": "none"}, "num_images": num_images, "size": size}
     manifest = DatasetManifest(
@@ -88,3 +90,25 @@ def write_image_folder(root: Path, num_images: int = 6, size: int = 16) -> None:
             folder.mkdir(parents=True)
             for index in range(num_images):
                 (folder / f"{index}.png").write_bytes(encode_noise(rng, size, "PNG"))
+
+
+def write_labelled_tar(path: Path, num_samples: int, size: int = 16) -> list[int]:
+    """`{key}.jpg` and `{key}.cls`; returns the labels."""
+    rng = np.random.default_rng(0)
+    labels = [int(label) for label in rng.integers(0, 3, size=num_samples)]
+    members = [
+        member
+        for index, label in enumerate(labels)
+        for member in ((f"{index:04}.cls", str(label).encode()), (f"{index:04}.jpg", encode_noise(rng, size)))
+    ]
+    write_tar(path, members)
+    return labels
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
+    """A tar of regular members."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))

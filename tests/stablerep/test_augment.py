@@ -1,30 +1,31 @@
-import io
-
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from scipy.stats import binomtest, chisquare, ks_2samp
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as oracle
 
 from stablerep import augment
 from stablerep.augment import (
+    DOWNSAMPLED_VIEW,
     STRONG_VIEW,
     WEAK_VIEW,
     AugmentationConfig,
+    Colours,
     adjust_brightness,
     adjust_contrast,
     adjust_hue,
     adjust_saturation,
     augment_batch,
-    crop_view,
-    decode_image,
-    draw_crop,
+    draw_views,
     gaussian_blur,
     normalize,
     to_grayscale,
 )
 from stablerep.backbones import IMAGENET_MEAN, IMAGENET_STD
+
+NUM_DRAWS = 4000
+LEAST_P = 0.01  # with fixed seeds
 
 
 @pytest.fixture
@@ -74,81 +75,115 @@ def test_normalisation_equals_torchvision(images: torch.Tensor) -> None:
     torch.testing.assert_close(normalize(images, IMAGENET_MEAN, IMAGENET_STD), expected)
 
 
-def test_crop_boxes_have_torchvisions_distribution() -> None:
-    rng = np.random.default_rng(0)
-    torch.manual_seed(0)
-    crop, image = v2.RandomResizedCrop(8), torch.zeros(3, 48, 64)
-    ours = np.array([draw_crop(rng, 48, 64, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(2000)])
-    drawn = [crop.make_params([image]) for _ in range(2000)]
+@pytest.mark.parametrize(("height", "width"), [(48, 64), (64, 64), (30, 100)])
+def test_crop_boxes_have_torchvisions_distribution(height: int, width: int) -> None:
+    draws = draw_views(np.random.default_rng(0), NUM_DRAWS, STRONG_VIEW)
+    ours = np.array([draws.crop_box(i, height, width, STRONG_VIEW) for i in range(NUM_DRAWS)])
+    crop, image = v2.RandomResizedCrop(8), torch.zeros(3, height, width)
+    drawn = [crop.make_params([image]) for _ in range(NUM_DRAWS)]
     theirs = np.array([[box["top"], box["left"], box["height"], box["width"]] for box in drawn])
     for column in range(4):
-        grid = np.arange(65)
-        distance = np.abs(
-            (ours[:, column, None] <= grid).mean(axis=0) - (theirs[:, column, None] <= grid).mean(axis=0)
-        ).max()
-        assert distance < 1.63 * np.sqrt(2 / 2000)  # the Kolmogorov–Smirnov bound at 1 %
+        assert ks_2samp(ours[:, column], theirs[:, column]).pvalue > LEAST_P
+    areas = (boxes[:, 2] * boxes[:, 3] for boxes in (ours, theirs))
+    assert ks_2samp(*areas).pvalue > LEAST_P
+
+
+def test_factors_of_colour_have_torchvisions_distribution() -> None:
+    colours = draw_views(np.random.default_rng(0), NUM_DRAWS, STRONG_VIEW).colours
+    jitter = v2.ColorJitter(0.4, 0.4, 0.4, 0.1)
+    drawn = [jitter.make_params([]) for _ in range(NUM_DRAWS)]
+    for index, name in enumerate(["brightness", "contrast", "saturation", "hue"]):
+        theirs = [float(params[f"{name}_factor"]) for params in drawn]
+        assert ks_2samp(colours.factors[:, index], theirs).pvalue > LEAST_P
+
+
+def test_sigma_of_blur_has_torchvisions_distribution() -> None:
+    sigma = draw_views(np.random.default_rng(0), NUM_DRAWS, STRONG_VIEW).colours.sigma
+    blur = v2.GaussianBlur(13, (0.1, 2.0))
+    theirs = [float(blur.make_params([])["sigma"][0]) for _ in range(NUM_DRAWS)]
+    assert ks_2samp(sigma[sigma > 0], theirs).pvalue > LEAST_P
+
+
+def test_orders_of_jitter_are_uniform() -> None:
+    order = draw_views(np.random.default_rng(0), NUM_DRAWS, STRONG_VIEW).colours.order
+    _, counts = np.unique(order[order[:, 0] >= 0], axis=0, return_counts=True)
+    assert len(counts) == 24
+    assert chisquare(counts).pvalue > LEAST_P
+
+
+def test_each_operation_has_its_published_probability_on_its_own() -> None:
+    draws = draw_views(np.random.default_rng(0), NUM_DRAWS, DOWNSAMPLED_VIEW)
+    happens = {
+        0.8: draws.colours.order[:, 0] >= 0,
+        0.2: draws.colours.is_gray,
+        0.5: draws.is_flipped,
+        0.05: draws.short_sides > 0,
+    }
+    blurred = draws.colours.sigma > 0
+    assert binomtest(int(blurred.sum()), NUM_DRAWS, 0.5).pvalue > LEAST_P
+    for probability, chosen in happens.items():
+        assert binomtest(int(chosen.sum()), NUM_DRAWS, probability).pvalue > LEAST_P
+        both = int((chosen & blurred).sum())
+        assert binomtest(both, int(chosen.sum()), 0.5).pvalue > LEAST_P
+    assert set(draws.short_sides.tolist()) == {0, 64, 128}
 
 
 def test_crop_stays_inside_an_extreme_image() -> None:
-    rng = np.random.default_rng(0)
-    for height, width in [(1, 1), (1, 50), (50, 1), (3, 200)]:
-        top, left, h, w = draw_crop(rng, height, width, (0.08, 1.0), (3 / 4, 4 / 3))
+    draws = draw_views(np.random.default_rng(0), 4, STRONG_VIEW)
+    for index, (height, width) in enumerate([(1, 1), (1, 50), (50, 1), (3, 200)]):
+        top, left, h, w = draws.crop_box(index, height, width, STRONG_VIEW)
         assert 0 <= top <= top + h <= height
         assert 0 <= left <= left + w <= width
         assert min(h, w) > 0
 
 
-def test_view_is_a_function_of_its_generator() -> None:
-    image = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
-    first, again, other = (crop_view(image, np.random.default_rng(s), 16, STRONG_VIEW) for s in (3, 3, 4))
-    assert first.dtype == torch.uint8
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
+def draw_colours(num_images: int, config: AugmentationConfig) -> Colours:
+    return draw_views(np.random.default_rng(0), num_images, config).colours
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_batch_equals_torchvision_image_by_image(device: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (24, 3, 20, 22), dtype=torch.uint8, generator=generator)
+    colours = draw_colours(24, STRONG_VIEW)
+    operations = (
+        oracle.adjust_brightness,
+        oracle.adjust_contrast,
+        oracle.adjust_saturation,
+        oracle.adjust_hue,
+    )
+    expected = []
+    for index, image in enumerate(images.float() / 255):
+        for operation in colours.order[index]:
+            if operation >= 0:
+                image = operations[operation](image, float(colours.factors[index, operation]))
+        if colours.is_gray[index]:
+            image = oracle.rgb_to_grayscale(image, 3)
+        if (sigma := float(colours.sigma[index])) > 0:
+            image = oracle.gaussian_blur(image, [13, 13], [sigma, sigma])
+        expected.append(oracle.normalize(image, list(IMAGENET_MEAN), list(IMAGENET_STD)))
+    views = augment_batch(images.to(device), colours, STRONG_VIEW, IMAGENET_MEAN, IMAGENET_STD)
+    torch.testing.assert_close(views.cpu(), torch.stack(expected), atol=5e-5, rtol=0)
+
+
+def test_images_of_a_batch_do_not_depend_on_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.randint(0, 256, (12, 3, 16, 16), dtype=torch.uint8)
+    colours = draw_colours(12, STRONG_VIEW)
+    alone = augment_batch(images, colours, STRONG_VIEW, IMAGENET_MEAN, IMAGENET_STD)
+    together = augment._augment(images, colours, STRONG_VIEW, IMAGENET_MEAN, IMAGENET_STD)  # as on a device
+    torch.testing.assert_close(alone, together, atol=2e-6, rtol=0)
 
 
 def test_parameters_differ_within_a_batch() -> None:
     same = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8).expand(8, -1, -1, -1)
-    views = augment_batch(same, STRONG_VIEW, np.random.default_rng(0), IMAGENET_MEAN, IMAGENET_STD)
+    views = augment_batch(same, draw_colours(8, STRONG_VIEW), STRONG_VIEW, IMAGENET_MEAN, IMAGENET_STD)
     assert len({tuple(view.flatten().tolist()) for view in views}) >= 7
 
 
 def test_weak_view_is_normalisation_alone_on_the_device() -> None:
     images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
-    views = augment_batch(images, WEAK_VIEW, np.random.default_rng(0), IMAGENET_MEAN, IMAGENET_STD)
+    views = augment_batch(images, draw_colours(4, WEAK_VIEW), WEAK_VIEW, IMAGENET_MEAN, IMAGENET_STD)
     torch.testing.assert_close(views, normalize(images.float() / 255, IMAGENET_MEAN, IMAGENET_STD))
-
-
-def test_jitter_applies_each_operation_once_to_each_image_in_varying_order(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    calls: list[tuple[str, int]] = []
-    names = ("adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue")
-    for name in names:
-
-        def record(x: torch.Tensor, factor: torch.Tensor, name: str = name) -> torch.Tensor:
-            calls.append((name, len(factor)))
-            return x
-
-        monkeypatch.setattr(augment, name, record)
-    config = AugmentationConfig(jitter_probability=1.0, blur_probability=0.0)
-    images = torch.zeros(240, 3, 2, 2, dtype=torch.uint8)
-    augment_batch(images, config, np.random.default_rng(0), IMAGENET_MEAN, IMAGENET_STD)
-    for name in names:
-        counts = [count for called, count in calls if called == name]
-        assert sum(counts) == 240
-        assert len(counts) == 4  # at each of the four places for some images
-        assert min(counts) > 240 / 4 / 2
-
-
-@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
-@pytest.mark.parametrize("cut", [5, 40, -30])
-def test_truncated_image_is_named(image_format: str, cut: int) -> None:
-    buffer = io.BytesIO()
-    noise = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(buffer, image_format)
-    assert decode_image(buffer.getvalue(), "whole").shape == (3, 32, 32)
-    with pytest.raises(ValueError, match=r"^image abc\.0 of 00000\.tar cannot be decoded: [^\n]+$"):
-        decode_image(buffer.getvalue()[:cut], "abc.0 of 00000.tar")
 
 
 @pytest.mark.parametrize(
@@ -158,6 +193,8 @@ def test_truncated_image_is_named(image_format: str, cut: int) -> None:
         ({"hue": 0.6}, r"hue must be in \[0, 0.5\], got 0.6"),
         ({"flip_probability": 1.5}, r"flip_probability must be in \[0, 1\], got 1.5"),
         ({"crop_scale": (0.0, 1.0)}, "crop_scale must be ascending"),
+        ({"downsample_probability": -0.1}, r"downsample_probability must be in \[0, 1\], got -0.1"),
+        ({"downsample_sizes": ()}, "downsample_sizes must be one or more, each >= 1"),
     ],
 )
 def test_impossible_augmentation_is_refused(options: dict, message: str) -> None:

@@ -1,0 +1,1 @@
+"""How shards become batches: order, reading, verification, decoding."""
