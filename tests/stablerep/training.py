@@ -68,7 +68,13 @@ class DataModule(pl.LightningDataModule):
         return torch.utils.data.DataLoader(Loader(self.batches), batch_size=None)
 
 
-def train(module: StableRep, folder: Path, batches: list[dict[str, Any]], **options: Any) -> pl.Trainer:
+def train(
+    module: StableRep,
+    folder: Path,
+    batches: list[dict[str, Any]],
+    ckpt_path: Path | None = None,
+    **options: Any,
+) -> pl.Trainer:
     """Fits with as many steps as batches; the batches are in memory, so Lightning's advice does not apply."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*(does not have many workers|smaller than the logging)")
@@ -85,12 +91,17 @@ def train(module: StableRep, folder: Path, batches: list[dict[str, Any]], **opti
             "logger": False,
         }
         trainer = pl.Trainer(**(defaults | options))
-        trainer.fit(module, datamodule=DataModule(batches))
+        trainer.fit(module, datamodule=DataModule(batches), ckpt_path=ckpt_path, weights_only=True)
     return trainer
 
 
 def train_as_rank(
-    rank: int, module: StableRep, folder: Path, batches: list[dict[str, Any]], **options: Any
+    rank: int,
+    module: StableRep,
+    folder: Path,
+    batches: list[dict[str, Any]],
+    ckpt_path: Path | None = None,
+    **options: Any,
 ) -> pl.Trainer:
     """As `train`, on this rank's share of each batch's captions; the process group is up already."""
     num_ranks = distributed.world_size()
@@ -109,7 +120,7 @@ def train_as_rank(
         }
         for b in batches
     ]
-    return train(module, folder, share, devices=num_ranks, **({"strategy": "ddp"} | options))
+    return train(module, folder, share, ckpt_path, devices=num_ranks, **({"strategy": "ddp"} | options))
 
 
 class Recorder(pl.loggers.Logger):
