@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from numpy.typing import NDArray
 from PIL import Image
@@ -230,6 +231,23 @@ class Throughput(pl.Callback):
 def _seconds_in_probes(trainer: pl.Trainer) -> float:
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     return sum(callback.num_seconds for callback in callbacks if isinstance(callback, OnlineProbes))
+
+
+class FitProgressBar(RichProgressBar):
+    """Lightning's bar, which reads its figures when they are logged and not at each step.
+
+    Reading one makes the host wait for the device.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._figures: dict[str, Any] = {}
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        """The figures of the last step that was logged."""
+        if trainer.global_step % max(1, trainer.log_every_n_steps) == 0:  # type: ignore[attr-defined]
+            self._figures = super().get_metrics(trainer, pl_module)
+        return self._figures
 
 
 class ViewGrid(pl.Callback):

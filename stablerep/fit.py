@@ -24,6 +24,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import yaml
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
@@ -31,7 +32,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from stablerep import distributed, launch
 from stablerep.arguments import SuggestingErrors
-from stablerep.callbacks import Throughput, ViewGrid
+from stablerep.callbacks import FitProgressBar, Throughput, ViewGrid
 from stablerep.checkpoint import LAST_CHECKPOINT, AtomicCheckpointIO, find_checkpoint
 from stablerep.datamodule import MultiPositiveDataModule
 from stablerep.module import StableRep
@@ -103,6 +104,8 @@ class FitCLI(LightningCLI):
         parser.link_arguments("data.image_size", "model.image_size")
         parser.link_arguments("data.num_captions_per_rank", "model.num_captions_per_rank")
         parser.link_arguments("data.num_views_per_caption", "model.num_views_per_caption")
+        parser.link_arguments("data.positives", "model.positives")
+        parser.link_arguments("model.text", "data.needs_captions", compute_fn=_is_given)
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
 
     def before_instantiate_classes(self) -> None:
@@ -142,6 +145,9 @@ class FitCLI(LightningCLI):
         kwargs["enable_checkpointing"] = True  # the callback stops the run, whether or not it saves
         seed = SeedSteps(int(self.config.seed_everything))
         callbacks = [seed, Throughput(), ViewGrid(), *_as_list(trainer.callbacks), self.checkpoints]
+        has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
+        if trainer.enable_progress_bar is not False and not has_bar:
+            callbacks.append(FitProgressBar())
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
     @property
@@ -315,6 +321,10 @@ def count_devices(trainer: Any) -> int:
     if str(devices) in ("auto", "-1"):
         return max(1, torch.cuda.device_count()) if trainer.accelerator in ("auto", "gpu", "cuda") else 1
     return int(devices)
+
+
+def _is_given(value: Any) -> bool:
+    return value is not None
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -167,7 +167,7 @@ def _gather_step(z: Tensor, labels: Tensor, temperature: float, queue: Queue | N
     if queue is not None:
         columns = torch.cat([columns, queue.embeddings.to(columns.dtype)])
         all_labels = torch.cat([all_labels, queue.labels])
-    _, caption, caption_size = all_labels.unique(return_inverse=True, return_counts=True)
+    caption, caption_size = number_labels(all_labels)
     anchors = caption[:num_anchors]
     num_positives = caption_size[anchors] - 1
     caption_sum = _sum_by(caption, columns, len(caption_size))
@@ -308,15 +308,16 @@ class _Side:
 def _gather_pairs(a: Tensor, b: Tensor, image_labels: Tensor, text_labels: Tensor) -> tuple[_Side, _Side]:
     columns, owns = [all_gather_rows(side) for side in (a, b)], [_own_slice(len(s), s.device) for s in (a, b)]
     labels = [all_gather_rows(side) for side in (image_labels, text_labels)]
-    distinct, caption = torch.cat(labels).unique(return_inverse=True)
+    caption, caption_size = number_labels(torch.cat(labels))
+    num_captions = len(caption_size)
     captions = caption.split([len(side) for side in labels])
-    sizes = [torch.bincount(side, minlength=len(distinct)) for side in captions]
+    sizes = [torch.zeros_like(caption_size).index_add_(0, side, torch.ones_like(side)) for side in captions]
     images, texts = (
         _Side(
             columns=columns[side],
             own=owns[side],
             caption=captions[side],
-            caption_sum=_sum_by(captions[side], columns[side], len(distinct)),
+            caption_sum=_sum_by(captions[side], columns[side], num_captions),
             num_positives=sizes[1 - side][captions[side]],
         )
         for side in (0, 1)
@@ -329,7 +330,10 @@ class _ImageTextLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, scale: Tensor, step: tuple[_Side, _Side]) -> Tensor:
-        ctx.step, ctx.is_whole = step, not is_distributed() and float(scale) <= MAX_UNSHIFTED
+        is_one_process = (
+            a.device.type == "cpu" and not is_distributed()
+        )  # elsewhere to look at scale is to wait
+        ctx.step, ctx.is_whole = step, is_one_process and float(scale) <= MAX_UNSHIFTED
         if ctx.is_whole:
             logs = [sums.log() for sums in sum_exponentials(a * scale, b)]
         else:
@@ -398,6 +402,32 @@ def _check_shapes(name: str, rows: Tensor, labels_name: str, labels: Tensor) -> 
         raise ValueError(
             f"{name} must be [N, D] and {labels_name} [N], got {list(rows.shape)}, {list(labels.shape)}"
         )
+
+
+def number_labels(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """A number for each label, equal for equal ones, and how many have each.
+
+    Shapes:
+        [N] -> [N], [C]
+    """
+    if labels.device.type != "cpu":
+        return number_labels_without_waiting(labels)
+    _, numbers, counts = labels.unique(return_inverse=True, return_counts=True)
+    return numbers, counts
+
+
+def number_labels_without_waiting(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """As `number_labels`, for an accelerator, which the host need not ask for C: the counts end in zeros.
+
+    Shapes:
+        [N] -> [N], [N]
+    """
+    ordered, order = labels.sort()
+    is_new = torch.ones_like(ordered)
+    is_new[1:] = ordered[1:] != ordered[:-1]
+    numbers = torch.empty_like(ordered)
+    numbers[order] = is_new.cumsum(0) - 1
+    return numbers, torch.zeros_like(numbers).index_add_(0, numbers, torch.ones_like(numbers))
 
 
 def _own_slice(num_rows: int, device: torch.device) -> slice:

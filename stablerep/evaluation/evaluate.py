@@ -63,6 +63,8 @@ class EvaluateConfig:
     checkpoint."""
     random_init: bool = False
     """Probe the checkpoint's architecture with fresh, seeded weights: the baseline of no training."""
+    ema: bool = False
+    """Probe the moving average of the weights (`model.optimizer.ema_decay`) in place of the weights."""
     protocols: list[Literal["linear", "knn"]] = field(default_factory=lambda: ["linear", "knn"])
     """Which protocols to run."""
     linear: LinearConfig = field(default_factory=LinearConfig)
@@ -89,6 +91,8 @@ class EvaluateConfig:
             raise ValueError(f"num_images_per_batch must be >= 1, got {self.num_images_per_batch}")
         if self.num_workers is not None and self.num_workers < 0:
             raise ValueError(f"num_workers must be null or >= 0, got {self.num_workers}")
+        if self.ema and self.random_init:
+            raise ValueError("ema and random_init exclude each other: fresh weights have no average")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be in [0, 2**32), got {self.seed}")
         if not 0 <= self.error_budget_fraction <= 1:
@@ -123,7 +127,8 @@ def run(config: EvaluateConfig) -> int:
         seconds["knn"] = scores[-1].seconds
     seconds["total"] = time.perf_counter() - start
 
-    what = f"{Path(config.checkpoint).name}{' (random initialisation)' if config.random_init else ''}"
+    weights = " (random initialisation)" if config.random_init else " (moving average)" if config.ema else ""
+    what = f"{Path(config.checkpoint).name}{weights}"
     title = f"{what} on {Path(config.data).resolve().name}"
     facts = _describe(config, backbone, dataset, features, seconds)
     write_report(folder, scores, features["test"].names, facts, title)
@@ -134,7 +139,7 @@ def run(config: EvaluateConfig) -> int:
 def _load_backbone(config: EvaluateConfig) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return load_backbone(config.checkpoint, random_init=config.random_init)
+        return load_backbone(config.checkpoint, random_init=config.random_init, ema=config.ema)
 
 
 def _check_against_data(config: EvaluateConfig, dataset: LabelledSet) -> None:
@@ -158,7 +163,8 @@ def _build_output_folder(config: EvaluateConfig) -> Path:
     else:
         checkpoint = Path(config.checkpoint)
         name = f"{checkpoint.stem}-{Path(config.data).resolve().name}"
-        folder = checkpoint.parent / "evaluation" / (f"{name}-random_init" if config.random_init else name)
+        weights = "-random_init" if config.random_init else "-ema" if config.ema else ""
+        folder = checkpoint.parent / "evaluation" / f"{name}{weights}"
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=folder):  # an unwritable folder shows now, not after the work
         return folder
@@ -309,6 +315,7 @@ def _describe(
             "sha256": _sha256(Path(config.checkpoint)),
             "architecture": backbone.architecture,
             "random_init": config.random_init,
+            "ema": config.ema,
         },
         "data": {
             "path": config.data,

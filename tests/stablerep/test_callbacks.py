@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from stablerep.callbacks import OnlineProbes, Throughput, ViewGrid, draw_grid
+from stablerep.callbacks import FitProgressBar, OnlineProbes, Throughput, ViewGrid, draw_grid
 from stablerep.flops import count_flops_per_caption
 from stablerep.sharding import ShardedStrategy
 from tests.stablerep.datasets import write_image_folder
@@ -87,7 +87,7 @@ def test_probes_tell_colours_apart(tmp_path: Path) -> None:
 def _probe_as_rank(rank: int, folder: str) -> list[float]:
     torch.manual_seed(0)
     recorder, probes = Recorder(), OnlineProbes(folder, k=3)
-    options = {"logger": recorder, "callbacks": [probes], "strategy": ShardedStrategy()}
+    options: dict[str, Any] = {"logger": recorder, "callbacks": [probes], "strategy": ShardedStrategy()}
     train_as_rank(rank, build_module(), Path(folder), build_batches(1), **options)
     return recorder.read("knn_top1") + recorder.read("ridge_top1")
 
@@ -115,6 +115,25 @@ def test_speed_is_images_over_time_and_its_share_of_the_peak(
     assert recorder.read("images_per_second") == [pytest.approx(2 * 12 / 10)] * 2
     expected = 2 * 4 / 10 * count_flops_per_caption(module.hparams) / 1e9
     assert recorder.read("share_of_peak") == [pytest.approx(expected)] * 2
+
+
+def test_progress_bar_reads_figures_when_they_are_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    metrics = pl.callbacks.RichProgressBar.get_metrics
+
+    def record(self: Any, trainer: pl.Trainer, module: pl.LightningModule) -> Any:
+        read.append(trainer.global_step)
+        return metrics(self, trainer, module)
+
+    monkeypatch.setattr(pl.callbacks.RichProgressBar, "get_metrics", record)
+    bar = FitProgressBar()
+    options: dict[str, Any] = {"callbacks": [bar], "enable_progress_bar": True, "log_every_n_steps": 3}
+    trainer = train(build_module(), tmp_path, build_batches(7), **options)
+    assert set(read) <= {0, 3, 6}
+    assert {3, 6} <= set(read)
+    assert "loss" in bar.get_metrics(trainer, build_module())
 
 
 def test_picture_shows_the_views_row_by_row(tmp_path: Path) -> None:

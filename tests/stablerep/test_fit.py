@@ -10,16 +10,12 @@ import pytest
 import torch
 import yaml
 
-from stablerep.backbones import build_backbone, load_backbone
+from stablerep.backbones import load_backbone
 from stablerep.cli import main
 from stablerep.fit import choose_run_folder, count_devices
 from tests.stablerep.datasets import write_dataset, write_image_folder
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-PRESETS_OF_GENERATE = "generate_"
-FIT_CONFIGS = sorted(
-    path.stem for path in CONFIGS.glob("*.yaml") if not path.name.startswith(PRESETS_OF_GENERATE)
-)
 TIMEOUT_SECONDS = 240
 
 SMALL = [
@@ -55,19 +51,6 @@ def read_metrics(run: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("config", FIT_CONFIGS)
-def test_one_step_of_each_shipped_config_runs(config: str, folders: list[str], tmp_path: Path) -> None:
-    assert fit(*folders, *SMALL, "--trainer.max_steps", "1", config=config) == 0
-    run = tmp_path / "run"
-    assert {"config.yaml", "metrics.csv", "checkpoints"} <= {path.name for path in run.iterdir()}
-    assert list(run.glob("events.out.tfevents.*"))
-    metrics = read_metrics(run)
-    assert any(row["loss"] for row in metrics)
-    assert any(row["knn_top1"] for row in metrics)
-    backbone = load_backbone(run / "checkpoints" / "last.ckpt")
-    assert backbone(torch.zeros(1, 3, 64, 64)).shape == (1, 16)
-
-
 @pytest.mark.e2e
 def test_one_step_of_the_embedded_config_runs_at_its_own_size(tmp_path: Path, folders: list[str]) -> None:
     write_dataset(tmp_path / "enough", [64], num_images=4, size=64)
@@ -75,26 +58,6 @@ def test_one_step_of_the_embedded_config_runs_at_its_own_size(tmp_path: Path, fo
     assert fit(*folders, *options, "--trainer.max_steps", "1") == 0
     backbone = load_backbone(tmp_path / "run" / "checkpoints" / "last.ckpt")
     assert backbone(torch.zeros(1, 3, 64, 64)).shape == (1, 96)
-
-
-@pytest.mark.parametrize("config", FIT_CONFIGS)
-def test_model_of_each_shipped_config_can_be_built_at_its_own_size(config: str) -> None:
-    values = yaml.safe_load((CONFIGS / f"{config}.yaml").read_text())
-    model, image_size = values["model"], values["data"]["image_size"]
-    with torch.device("meta"):
-        backbone = build_backbone(model["backbone"], image_size, model.get("backbone_options"))
-        images = torch.zeros(2, 3, image_size, image_size)
-    assert backbone(images).shape == (2, backbone.num_features)
-
-
-@pytest.mark.parametrize("config", FIT_CONFIGS)
-def test_arithmetic_in_the_config_is_what_it_sets(config: str) -> None:
-    text = (CONFIGS / f"{config}.yaml").read_text()
-    values = yaml.safe_load(text)
-    captions, views = values["data"]["num_captions_per_rank"], values["data"]["num_views_per_caption"]
-    steps = values["trainer"]["max_steps"]
-    assert f"{captions} captions x 1 rank x {views} views = {captions * views} images a step" in text
-    assert f"{steps} steps see {steps * captions * views:,} images" in text
 
 
 @pytest.mark.e2e

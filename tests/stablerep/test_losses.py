@@ -12,6 +12,7 @@ from stablerep.losses import (
     image_text_contrastive_loss,
     multi_positive_contrastive_loss,
     normalize_embeddings,
+    number_labels_without_waiting,
 )
 from tests.stablerep.ranks import run_on_ranks
 
@@ -375,3 +376,27 @@ def _fail_on_rank_1(rank: int) -> None:
 def test_a_failing_rank_fails_the_test() -> None:
     with pytest.raises(AssertionError, match="rank 1 is broken"):
         run_on_ranks(_fail_on_rank_1, 2)
+
+
+@pytest.mark.parametrize("num_labels", [1, 2, 50])
+def test_labels_are_numbered_without_waiting_as_with(num_labels: int) -> None:
+    labels = torch.randint(-5, 20, (num_labels,))
+    distinct, numbers, counts = labels.unique(return_inverse=True, return_counts=True)
+    ours, our_counts = number_labels_without_waiting(labels)
+    assert torch.equal(ours, numbers)
+    assert torch.equal(our_counts[: len(distinct)], counts)
+    assert not our_counts[len(distinct) :].any()
+
+
+@pytest.mark.gpu
+def test_losses_do_not_make_the_host_wait_for_the_device() -> None:
+    z, texts = (torch.randn(n, 32, device="cuda", requires_grad=True) for n in (64, 16))
+    labels, scale = torch.arange(64, device="cuda") // 4, torch.ones((), device="cuda", requires_grad=True)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss = multi_positive_contrastive_loss(z, labels).loss
+        loss = loss + image_text_contrastive_loss(z, texts, labels, labels[::4], scale).loss
+        loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.isfinite(loss)

@@ -303,6 +303,33 @@ def test_number_that_is_seen_late_is_never_saved(tmp_path: Path, monkeypatch: py
     assert len(list(tmp_path.rglob("*.ckpt"))) == 1
 
 
+@pytest.mark.gpu
+def test_accelerator_stops_within_a_step_of_a_number_that_is_not_finite(tmp_path: Path) -> None:
+    module, batches, steps = build_module(), build_batches(5), []
+    batches[1]["images"][0, 0] = math.nan
+    module.on_train_batch_start = lambda batch, index: steps.append(index)  # type: ignore[assignment]
+    with pytest.raises(NonFiniteLossError, match="loss is nan at step 1"):
+        train(module, tmp_path, batches, accelerator="gpu", devices=1)
+    assert steps == [0, 1, 2]
+
+
+@pytest.mark.gpu
+def test_accelerator_trains_compiled_in_bfloat16_as_the_processor_does(tmp_path: Path) -> None:
+    batches, losses = build_batches(4), []
+    for options in (
+        {"accelerator": "cpu"},
+        {"accelerator": "gpu", "devices": 1},
+        {"accelerator": "gpu", "devices": 1, "precision": "bf16-mixed"},
+    ):
+        recorder = Recorder()
+        module = build_initial_module(compile_backbone=options["accelerator"] == "gpu")
+        trainer = train(module, tmp_path, batches, logger=recorder, log_every_n_steps=1, **options)
+        assert trainer.optimizers[0].param_groups[0]["fused"] == (options["accelerator"] == "gpu")
+        losses.append(recorder.read("loss"))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-1)
+
+
 PLAIN = {"projection_norm": "layernorm"}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": (PLAIN, {}),

@@ -134,6 +134,32 @@ def test_random_initialisation_is_seeded_and_not_the_checkpoint(
     assert names == {"tiny-folders", "tiny-folders-random_init"}
 
 
+@pytest.mark.e2e
+def test_moving_average_is_probed_where_it_is_asked_for(
+    checkpoint: Path, write_folders: WriteFolders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = torch.load(checkpoint, weights_only=True)
+    weights = content["state_dict"]
+    content["state_dict"] = weights | {f"ema_{name}": value + 1 for name, value in weights.items()}
+    torch.save(content, checkpoint)
+    probed = []
+    original = evaluate._extract_splits
+
+    def spy(backbone: torch.nn.Module, *args: Any) -> Any:
+        probed.append(backbone.cls_token.detach().clone())  # type: ignore[operator]
+        return original(backbone, *args)
+
+    monkeypatch.setattr(evaluate, "_extract_splits", spy)
+    data = write_folders(train=4, test=2)
+    for options in ([], ["--ema"]):
+        words = ["evaluate", f"--checkpoint={checkpoint}", f"--data={data}", "--protocols=[knn]"]
+        assert main([*words, *QUICK, "--knn.k=3", *options]) == 0
+    assert torch.equal(probed[0], weights["backbone.cls_token"])
+    assert torch.equal(probed[1], weights["backbone.cls_token"] + 1)
+    results = [path.read_text() for path in sorted(checkpoint.parent.glob("evaluation/*/results.json"))]
+    assert [json.loads(text)["checkpoint"]["ema"] for text in results] == [False, True]
+
+
 def fails_with(capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
     assert main(["evaluate", *QUICK, *words]) == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("stablerep")]
@@ -184,6 +210,7 @@ def test_settings_out_of_bounds_are_refused() -> None:
         ({"num_images_per_batch": 0}, "num_images_per_batch must be >= 1, got 0"),
         ({"num_workers": -1}, "num_workers must be null or >= 0, got -1"),
         ({"seed": -1}, r"seed must be in \[0, 2\*\*32\), got -1"),
+        ({"ema": True, "random_init": True}, "ema and random_init exclude each other"),
         ({"error_budget_fraction": 2.0}, r"error_budget_fraction must be in \[0, 1\], got 2.0"),
     ):
         with pytest.raises(ValueError, match=message):
