@@ -50,6 +50,12 @@ EXIT_UNFINISHED = 75
 
 EXIT_INTERRUPTED = 130
 
+_DEFAULTS_OF_EPOCHS = {
+    "limit_train_batches": 1.0,
+    "overfit_batches": 0.0,
+    "reload_dataloaders_every_n_epochs": 0,
+    "fast_dev_run": False,
+}
 _RUN_FILES = ("config.yaml", "metrics.csv", "checkpoints")
 
 _EXPECTED_WARNINGS = (
@@ -114,7 +120,7 @@ class FitCLI(LightningCLI):
             if not (value := self.config[name]) >= bound:
                 raise ValueError(f"{name} must be >= {bound}, got {value}")
         check_config_version(self.config.config_version, "the command line")
-        check_devices(self.config.trainer)
+        check_trainer(self.config.trainer)
         output = Path(self.config.output)
         self.ckpt_path = find_checkpoint(self.config.ckpt_path, output)
         self.run_folder = choose_run_folder(output)
@@ -299,12 +305,18 @@ def choose_run_folder(output: Path) -> Path:
     return folder
 
 
-def check_devices(trainer: Any) -> None:
-    """Refuses accelerators that are not there; Lightning says which of them are missing, but not of none.
+def check_trainer(trainer: Any) -> None:
+    """Refuses what would change the order of the data without a word, and accelerators that are not there.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If an option is not at its default, or there is no such accelerator.
     """
+    for name, default in _DEFAULTS_OF_EPOCHS.items():
+        if (value := trainer[name]) not in (None, default):
+            raise ValueError(
+                f"trainer.{name} must be {default}, as the order of the data is that of whole epochs, got "
+                f"{value}; trainer.max_steps ends a run early"
+            )
     if trainer.accelerator in ("gpu", "cuda") and not torch.cuda.device_count():
         raise ValueError(
             f"trainer.devices is {trainer.devices}, but there is no accelerator {trainer.accelerator} here"

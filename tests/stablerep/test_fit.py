@@ -148,7 +148,7 @@ def test_two_devices_train_from_the_command_line(folders: list[str], tmp_path: P
     [
         (["--data.num_captions_per_rank", "40"], "holds 16 captions, fewer than the 2 ranks x"),
         (["--trainer.callbacks.data", "nowhere"], "labelled images nowhere/train do not exist"),
-        (["--data.root", "corrupt"], "of 00000.tar cannot be decoded"),  # which one rank meets
+        (["--data.root", "corrupt"], "00000.tar cannot be decoded"),  # which one rank meets
     ],
 )
 def test_error_ends_all_ranks_without_a_traceback(
@@ -166,6 +166,7 @@ def test_error_ends_all_ranks_without_a_traceback(
     )
     assert result.returncode == 1
     assert message in result.stderr
+    assert result.stderr.count("stablerep fit: error: ") == 1
     assert "Traceback" not in result.stderr
 
 
@@ -183,7 +184,18 @@ def test_error_ends_all_ranks_without_a_traceback(
         (["--checkpoint_every_n_steps", "0"], 1, "checkpoint_every_n_steps must be >= 1, got 0"),
         (["--trainer.max_steps", "-1"], 1, "trainer.max_steps or trainer.max_epochs must be set"),
         (["--trainer.accumulate_grad_batches", "2"], 1, "accumulate_grad_batches must be 1"),
+        (["--trainer.limit_train_batches", "5"], 1, "trainer.limit_train_batches must be 1.0, as the order"),
+        (["--trainer.overfit_batches", "2"], 1, "trainer.overfit_batches must be 0.0, as the order"),
+        (["--trainer.fast_dev_run", "true"], 1, "trainer.fast_dev_run must be False, as the order"),
         (["--trainer.accelerator", "warp"], 1, "warp"),
+        (["--rank_timeout_seconds", "0"], 1, "rank_timeout_seconds must be >= 0.001, got 0.0"),
+        (["--config_version", "0"], 1, "config_version must be 1, got 0 in the command line: it was written"),
+        (["--ckpt_path", "https://example.com/a.ckpt"], 1, "must be a local file, got https://example.com/"),
+        (
+            ["--trainer.callbacks", "[{class_path: stablerep.callbacks.OnlineProbe}]"],
+            2,
+            "did you mean stablerep.callbacks.OnlineProbes?",
+        ),
         (["--data.num_view_per_caption", "2"], 2, "did you mean --data.num_views_per_caption?"),
         (["--trainer.max_step", "2"], 2, "did you mean --trainer.max_steps?"),
         (["--data.positives", "captions"], 2, "caption"),
@@ -196,6 +208,37 @@ def test_bad_option_gets_one_line(
     last_line = capsys.readouterr().err.strip().splitlines()[-1]
     assert last_line.startswith("stablerep fit: error: ")
     assert message in last_line
+
+
+@pytest.mark.skipif(torch.cuda.device_count() > 0, reason="an accelerator is here")
+def test_accelerators_that_are_not_there_are_named(
+    folders: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = ["--trainer.accelerator", "gpu", "--trainer.devices", "4"]
+    assert fit(*folders, *SMALL, *missing) == 1
+    message = "stablerep fit: error: trainer.devices is 4, but there is no accelerator gpu here"
+    assert capsys.readouterr().err.strip().splitlines()[-1] == message
+
+
+@pytest.mark.parametrize("given", ["--config {}", "--config={}", "-c {}"])
+def test_config_of_another_version_is_refused_before_its_options_are_read(
+    given: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "old.yaml"
+    path.write_text("config_version: 0\nmodel: {option_of_old: 1}\n")
+    assert main(["fit", *given.format(path).split()]) == 1
+    message = f"config_version must be 1, got 0 in {path}: it was written for another version of stablerep"
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_run_can_be_started_from_the_config_that_another_left(folders: list[str], tmp_path: Path) -> None:
+    assert fit(*folders, *SMALL, "--trainer.max_steps", "2", "--trainer.enable_checkpointing", "false") == 0
+    saved = tmp_path / "run" / "config.yaml"
+    assert yaml.safe_load(saved.read_text())["config_version"] == 1
+    assert not (tmp_path / "run" / "checkpoints").exists()  # as was asked for
+    assert main(["fit", "--config", str(saved)]) == 0
+    losses = [[row["loss"] for row in read_metrics(tmp_path / run)] for run in ("run", "run-2")]
+    assert losses[0] == losses[1]
 
 
 def test_run_folder_is_the_first_free_one(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from stablerep.run_state import SeedSteps, is_last_step
+from tests.data_gen.slurm_cluster import find_missing_programs, run_slurm_cluster, wait_until
 from tests.stablerep.datasets import write_dataset
 
 ROOT = Path(__file__).parents[2]
@@ -194,3 +195,73 @@ def test_a_rank_that_hangs_is_waited_for_no_longer_than_was_asked(job: Job) -> N
     assert "Traceback" not in error
     assert "rank 0 lost another rank, which was killed or does not answer" in error
     assert "rank 1 had not left 20 s later and was killed" in error
+
+
+def test_killed_runs_go_on_as_if_nothing_had_happened(job: Job) -> None:
+    """The short form of benchmarks/resume.py."""
+    command = [
+        *(sys.executable, str(ROOT / "benchmarks" / "resume.py"), "--data", str(job.folder / "shards")),
+        *(
+            "--num_captions",
+            "32",
+            "--num_kills",
+            "2",
+            "--ranks",
+            "2:2,2:1",
+            "--num_workers",
+            "0",
+            "--name",
+            "",
+        ),
+    ]
+    done = subprocess.run(command, env=job.environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_torchrun_starts_a_killed_job_again_from_its_checkpoint(job: Job) -> None:
+    script = ROOT / "configs" / "launch" / "torchrun.sh"
+    environment = job.environment() | {"NUM_RANKS_PER_NODE": "2", "MASTER_PORT": "0", "MAX_RESTARTS": "1"}
+    with subprocess.Popen(
+        ["bash", str(script), *job.options(max_steps=30)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        try:
+            os.kill(job.wait_for_steps(1, 4, process), signal.SIGKILL)
+            output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
+        finally:
+            process.terminate()
+    assert process.returncode == 0, output
+    assert job.read_step("run-2") == 30
+    assert job.read_logged_steps("run-2")[0] >= 2
+
+
+@pytest.mark.skipif(bool(find_missing_programs()), reason="no Slurm here (Debian: apt install slurm-wlm)")
+def test_slurm_requeues_a_job_that_was_told_to_stop(job: Job) -> None:
+    script = ROOT / "configs" / "launch" / "slurm.sbatch"
+    (job.folder / "slurm").mkdir()
+    with run_slurm_cluster(job.folder / "slurm") as cluster:
+        environment = cluster.environment | job.environment()
+        environment["PATH"] = job.environment()["PATH"] + os.pathsep + cluster.environment["PATH"]
+        submit = [
+            *("sbatch", "--parsable", "--ntasks-per-node=2", "--gpus-per-node=0", "--cpus-per-task=1"),
+            *("--time=10", f"--output={job.folder}/log", str(script)),
+        ]
+        done = subprocess.run(
+            [*submit, *job.options(max_steps=40)], env=environment, capture_output=True, text=True, check=True
+        )
+        number = done.stdout.strip()
+        job.wait_for_steps(1, 4)
+        cluster.call(
+            "scancel", "--signal=USR1", number
+        )  # as Slurm does before the time limit: not to the script
+        wait_until(
+            lambda: "JobState=COMPLETED" in cluster.show(number),
+            TIMEOUT_SECONDS,
+            lambda: (job.folder / "log").read_text(),
+        )
+        assert "Restarts=1" in cluster.show(number)
+    assert "stopped by SIGUSR1 after step" in (job.folder / "log").read_text()
+    assert job.read_step("run") < job.read_step("run-2") == 40
