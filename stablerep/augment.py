@@ -22,7 +22,7 @@ from torch import Tensor
 _NUM_CROP_TRIALS = 10
 _LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601-2, torchvision's rounding
 _NUM_OPERATIONS = 4
-_NEGLIGIBLE_WEIGHT = 1e-7  # of a blur's tap, against the middle one's
+_NEGLIGIBLE_WEIGHT = 1e-6  # of a blur's tap, against the middle one's
 
 
 @dataclass(frozen=True)
@@ -217,13 +217,35 @@ def augment_batch(
     Shapes:
         images uint8 [N, 3, H, W], colours [N] -> float32 [N, 3, H, W]
     """
-    views = torch.empty(images.shape, dtype=torch.float32, device=images.device)
-    num_at_once = 1 if images.device.type == "cpu" else max(1, len(images))
-    for start in range(0, len(images), num_at_once):
-        rows = slice(start, start + num_at_once)
-        part = Colours(*(values[rows] for values in colours))
-        views[rows] = _augment(images[rows], part, config, mean, std)
+    if images.device.type != "cpu":
+        return _augment(images, colours, config, mean, std)
+    views = torch.empty(images.shape, dtype=torch.float32)
+    for index, image in enumerate(images.split(1)):
+        _augment_one(image, Colours(*(values[index] for values in colours)), config, mean, std, views[index])
     return views
+
+
+def _augment_one(
+    image: Tensor,
+    colours: Colours,
+    config: AugmentationConfig,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    out: Tensor,
+) -> None:
+    """One image [1, 3, H, W], with the parameters of one."""
+    x = image.contiguous() / 255
+    strengths = (config.brightness, config.contrast, config.saturation, config.hue)
+    factors = torch.from_numpy(colours.factors).split(1)
+    for index in colours.order.tolist():
+        if index >= 0 and strengths[index] > 0:
+            x = _OPERATIONS[index](x, factors[index])
+    if colours.is_gray:
+        x = to_grayscale(x)
+    if (sigma := float(colours.sigma)) > 0:
+        x = gaussian_blur(x, torch.tensor([sigma]), config.blur_kernel_size)
+    for channel, (plane, center, scale) in enumerate(zip(x[0], mean, std, strict=True)):
+        torch.add(-center / scale, plane, alpha=1 / scale, out=out[channel])
 
 
 def _augment(
@@ -233,14 +255,12 @@ def _augment(
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> Tensor:
-    x = images / 255
+    x = images.contiguous() / 255
     strengths = (config.brightness, config.contrast, config.saturation, config.hue)
-    operations = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
     for turn in range(_NUM_OPERATIONS):
-        for index, (operation, strength) in enumerate(zip(operations, strengths, strict=True)):
+        for index, (operation, strength) in enumerate(zip(_OPERATIONS, strengths, strict=True)):
             if strength > 0:
-                factors = colours.factors[:, index]
-                x = _apply_to(x, colours.order[:, turn] == index, operation, factors)
+                x = _apply_to(x, colours.order[:, turn] == index, operation, colours.factors[:, index])
     x = _apply_to(x, colours.is_gray, lambda part, _: to_grayscale(part), colours.sigma)
     x = _apply_to(
         x,
@@ -258,8 +278,6 @@ def _apply_to(
     values: NDArray[np.float32],
 ) -> Tensor:
     """The operation on the chosen images."""
-    if chosen.all():
-        return operation(x, _to_tensor(values, x))
     if chosen.any():
         rows = _to_tensor(np.flatnonzero(chosen), x)
         x[rows] = operation(x[rows], _to_tensor(values[chosen], x))
@@ -282,10 +300,10 @@ def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     return (images - images.new_tensor(mean).view(shape)).div_(images.new_tensor(std).view(shape))
 
 
-def _blend(other: Tensor, x: Tensor, factor: Tensor) -> Tensor:
-    """factor · x + (1 − factor) · other, clamped to [0, 1]."""
+def _blend_(x: Tensor, other: Tensor, factor: Tensor) -> Tensor:
+    """factor · x + (1 − factor) · other, clamped to [0, 1], in place of x."""
     f = factor.view(-1, 1, 1, 1)
-    return (x * f).add_(other * (1 - f)).clamp_(0, 1)
+    return x.mul_(f).add_(other.mul_(1 - f)).clamp_(0, 1)
 
 
 def _luma(x: Tensor) -> Tensor:
@@ -302,35 +320,35 @@ def to_grayscale(x: Tensor) -> Tensor:
     return _luma(x).repeat(1, 3, 1, 1)
 
 
-def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
-    """factor · x, clamped.
+def adjust_brightness_(x: Tensor, factor: Tensor) -> Tensor:
+    """factor · x, clamped; in place, as the operations below.
 
     Shapes:
         x [N, 3, H, W] in [0, 1], factor [N] -> [N, 3, H, W]
     """
-    return (x * factor.view(-1, 1, 1, 1)).clamp_(0, 1)
+    return x.mul_(factor.view(-1, 1, 1, 1)).clamp_(0, 1)
 
 
-def adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
+def adjust_contrast_(x: Tensor, factor: Tensor) -> Tensor:
     """Blend with the image's mean luma.
 
     Shapes:
         x [N, 3, H, W] in [0, 1], factor [N] -> [N, 3, H, W]
     """
     mean = _luma(x.mean(dim=(2, 3), keepdim=True))  # the mean of the luma is the luma of the means
-    return _blend(mean, x, factor)
+    return _blend_(x, mean, factor)
 
 
-def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
+def adjust_saturation_(x: Tensor, factor: Tensor) -> Tensor:
     """Blend with the image's luma.
 
     Shapes:
         x [N, 3, H, W] in [0, 1], factor [N] -> [N, 3, H, W]
     """
-    return _blend(_luma(x), x, factor)
+    return _blend_(x, _luma(x), factor)
 
 
-def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
+def adjust_hue_(x: Tensor, shift: Tensor) -> Tensor:
     """Turns the hue by `shift` of the colour circle, value and saturation kept.
 
     With value v, chroma c and hue h in [0, 1), a channel is v − c · clamp(6d − 1, 0, 1), where d is the
@@ -352,14 +370,13 @@ def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
     hue = sector.addcmul_(middle.sub_(low), inverse, value=1 / 6).abs_()
     hue = hue.add_(shift.view(-1, 1, 1))
     hue.sub_(hue.floor())  # in [0, 1)
-    out = torch.empty_like(x)
     far, near = torch.sub(value, chroma, alpha=2), value.add_(chroma)
     for channel, (base, middle_hue, sign) in enumerate(
         [(far, 1 / 2, 6), (near, 1 / 3, -6), (near, 2 / 3, -6)]
     ):
         distance = (hue - middle_hue).abs_().clamp_(1 / 6, 1 / 3)
-        torch.addcmul(base, chroma, distance, value=sign, out=out[:, channel])
-    return out
+        torch.addcmul(base, chroma, distance, value=sign, out=x[:, channel])
+    return x
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
@@ -397,3 +414,7 @@ def _convolve(x: Tensor, kernel: Tensor, radius: int, axis: int, size: int) -> T
         pair = x.narrow(axis, radius - k, size) + x.narrow(axis, radius + k, size)
         out.addcmul_(pair, weights[k])
     return out
+
+
+_OPERATIONS = (adjust_brightness_, adjust_contrast_, adjust_saturation_, adjust_hue_)
+"""In the order of `Colours.factors`."""

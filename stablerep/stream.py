@@ -261,10 +261,7 @@ class StepStream(IterableDataset[dict[str, Any]]):
             key=key,
             label=labels[self.views.positives](),
             caption="" if table.captions is None else table.captions[sample].as_py(),
-            names=tuple(
-                f"{image} at byte {extent.offset} of {where}"
-                for image, extent in zip(images, extents, strict=True)
-            ),
+            names=tuple(f"{table.image_name(sample, image)} of {where}" for image in images),
             extents=extents,
         )
 
@@ -274,7 +271,9 @@ class StepStream(IterableDataset[dict[str, Any]]):
     def _build_batch(self, captions: list[EncodedCaption | Drop]) -> dict[str, Any]:
         """Decodes a step's captions; those that cannot be used give way to others of the batch."""
         size = self.views.image_size
-        images = torch.empty(len(captions), self.views.num_views, 3, size, size, dtype=torch.uint8)
+        # Channels side by side, as they are decoded: they are put apart where the colours run.
+        shape = (len(captions), self.views.num_views, size, size, 3)
+        images = torch.empty(shape, dtype=torch.uint8).permute(0, 1, 4, 2, 3)
         good: dict[int, tuple[EncodedCaption, Colours]] = {}
         drops: dict[int, Drop] = {}
         for place, caption in enumerate(captions):

@@ -159,7 +159,7 @@ def other_architecture(place: Path) -> None:
         (truncate("shards/00001.tar", 2000), [], "{}/shards/00001.tar: has 2000 bytes, expected "),
         (truncate("shards/00001.tar", 0), [], "{}/shards/00001.tar: has 0 bytes, expected "),
         (remove("shards/00001.tar"), [], "{}/shards/00001.tar: missing"),
-        (corrupt_jpeg, ["--data.num_views_per_caption=4"], ".0 of 00000.tar cannot be decoded"),
+        (corrupt_jpeg, ["--data.num_views_per_caption=4"], ".0 of {}/shards/00000.tar cannot be decoded"),
         (remove("shards/*_stats.json"), [], "{}/shards holds no complete shard (of 2 planned)"),
         (remove("shards/*"), [], "{}/shards is not a dataset: it has no dataset.json"),
         (write("shards/dataset.json", b"{"), [], "{}/shards/dataset.json: not readable as JSON"),

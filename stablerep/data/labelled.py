@@ -166,6 +166,7 @@ class LabelledDataset(ShardedDataset):
             ids=tar.ids,
             labels=tar.labels,
             occurrences=np.zeros_like(tar.ids),
+            keys=None,
             captions=None,
             offsets=tar.offsets[:, None],
             num_bytes=tar.num_bytes[:, None],

@@ -26,6 +26,7 @@ from stablerep.data.shard_cache import ShardCache
 from stablerep.data.verification import VerifiedFiles, default_cache_folder
 
 _COLUMNS = (
+    "key",
     "index",
     "caption",
     "caption_id",
@@ -69,6 +70,7 @@ class ShardTable:
         ids: int64 [n], 63 bits of what tells the sample from others by content.
         labels: int64 [n], what makes samples each other's positives.
         occurrences: int64 [n], 0 for the first time that the caption occurs in the dataset.
+        keys: n names of samples, or None where they are not kept.
         captions: n texts, or None where there are none.
         offsets: int64 [n, m], of each image in the tar, bytes.
         num_bytes: int64 [n, m], size of each image.
@@ -79,12 +81,19 @@ class ShardTable:
     ids: NDArray[np.int64]
     labels: NDArray[np.int64]
     occurrences: NDArray[np.int64]
+    keys: Any
     captions: Any
     offsets: NDArray[np.int64]
     num_bytes: NDArray[np.int64]
     digests: Any
     height: int = 0
     width: int = 0
+
+    def image_name(self, sample: int, image: int) -> str:
+        """What messages call an image: its member in the tar, or else its place."""
+        if self.keys is None:
+            return f"at byte {self.offsets[sample, image]}"
+        return f"{self.keys[sample].as_py()}.{image}"
 
     def extent(self, shard: int, sample: int, image: int) -> Extent:
         """Where an image of a sample lies; `shard` is the table's own index."""
@@ -420,6 +429,7 @@ def _build_table(rows: pa.Table, shard: Shard, where: str) -> ShardTable:
         ids=ids,
         labels=ids,
         occurrences=first["occurrence"].to_numpy().astype(np.int64),
+        keys=first["key"],
         captions=first["caption"],
         offsets=offsets,
         num_bytes=num_bytes,

