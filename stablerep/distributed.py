@@ -38,9 +38,9 @@ def gather_sizes(num_rows: int, device: torch.device) -> list[int]:
     """The number of rows that each rank holds, in rank order."""
     if not is_distributed():
         return [num_rows]
-    own = torch.tensor([num_rows], device=device)
+    own = torch.tensor([num_rows], device=device if _cpu_group is None else "cpu")
     sizes = [torch.empty_like(own) for _ in range(world_size())]
-    dist.all_gather(sizes, own)
+    dist.all_gather(sizes, own, group=_cpu_group)
     return [int(size) for size in sizes]
 
 

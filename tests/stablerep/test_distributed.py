@@ -1,9 +1,19 @@
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 
 from stablerep import distributed
 from tests.stablerep.ranks import run_on_ranks
+
+
+def gather_sizes_over_the_cpu(num_rows: int) -> list[int]:
+    """As where the ranks' own group is NCCL's: rows may be on a device that the group cannot reach."""
+    distributed._cpu_group = dist.new_group(backend="gloo")
+    try:
+        return distributed.gather_sizes(num_rows, torch.device("meta"))
+    finally:
+        distributed.close_cpu_group()
 
 
 def meet(rank: int) -> dict[str, object]:
@@ -13,6 +23,8 @@ def meet(rank: int) -> dict[str, object]:
         "any": distributed.is_true_on_any_rank(rank == 1),
         "none": distributed.is_true_on_any_rank(False),
         "objects": distributed.all_gather_objects({"rank": rank}),
+        "sizes": distributed.gather_sizes(rank + 3, torch.device("cpu")),
+        "sizes over the CPU": gather_sizes_over_the_cpu(rank + 3),
     }
     try:
         distributed.raise_together(FileNotFoundError("no shards") if rank == 1 else None)
@@ -30,6 +42,12 @@ def meet(rank: int) -> dict[str, object]:
 @pytest.fixture(scope="module")
 def said() -> list[dict[str, object]]:
     return run_on_ranks(meet, 2)
+
+
+@pytest.mark.distributed
+def test_sizes_are_gathered_where_the_host_need_not_wait(said: list[dict[str, object]]) -> None:
+    for words in said:
+        assert words["sizes"] == words["sizes over the CPU"] == [3, 4]
 
 
 @pytest.mark.distributed
