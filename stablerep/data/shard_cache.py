@@ -45,7 +45,7 @@ class ShardCache:
         path = self.path_of(store, name)
         if num_bytes > self._max_num_bytes:
             raise ShardError(
-                f"cache_max_bytes must be >= {num_bytes}, the size of {store.name_of(name)}, "
+                f"cache.max_bytes must be >= {num_bytes}, the size of {store.name_of(name)}, "
                 f"got {self._max_num_bytes}"
             )
         if self._touch(path, num_bytes):

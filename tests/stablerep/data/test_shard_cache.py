@@ -65,7 +65,7 @@ def test_what_differs_from_its_digest_is_not_kept(tmp_path: Path, store: Store) 
 
 
 def test_shard_larger_than_the_cache_is_refused(tmp_path: Path, store: Store) -> None:
-    with pytest.raises(ShardError, match="cache_max_bytes must be >= 1000, the size of .*, got 999"):
+    with pytest.raises(ShardError, match="cache.max_bytes must be >= 1000, the size of .*, got 999"):
         fetch(ShardCache(tmp_path, 999), store, "00000.tar")
 
 
