@@ -125,7 +125,7 @@ def test_a_rank_that_hangs_is_waited_for_no_longer_than_was_asked(job: Job) -> N
 
 
 def test_killed_runs_go_on_as_if_nothing_had_happened(job: Job) -> None:
-    """The short form of benchmarks/resume.py; tests/stablerep/data/test_resuming.py has other numbers of ranks."""
+    """The short form of benchmarks/resume.py; other numbers of ranks are in data/test_resuming.py."""
     command = [
         *(sys.executable, str(ROOT / "benchmarks" / "resume.py"), "--data", str(job.folder / "shards")),
         *(
