@@ -1,9 +1,14 @@
+from datetime import timedelta
+from pathlib import Path
+
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
 from stablerep import distributed
+from stablerep.run_state import RunCheckpoints
 from tests.stablerep.ranks import run_on_ranks
 
 
@@ -30,6 +35,12 @@ def meet(rank: int) -> dict[str, object]:
         distributed.raise_together(FileNotFoundError("no shards") if rank == 1 else None)
     except (OSError, ValueError) as error:
         said["raised"] = f"{type(error).__name__}: {error}"
+    callback = RunCheckpoints(Path(f"run-{rank + 1}"), 1, resumed_from=None, timeout=timedelta(seconds=9))
+    try:
+        callback.setup(pl.Trainer(logger=False, barebones=True), pl.LightningModule(), "fit")
+    except ValueError as error:
+        said["folders"] = str(error)
+    callback.close()
     dist.barrier()
     if rank == 1:
         said["told"] = distributed.tell_failure(RuntimeError("out of\nmemory"))
@@ -63,6 +74,14 @@ def test_flags_and_objects_reach_every_rank(said: list[dict[str, object]]) -> No
 def test_error_of_one_rank_is_raised_there_and_ends_the_others(said: list[dict[str, object]]) -> None:
     assert said[1]["raised"] == "FileNotFoundError: no shards"
     assert said[0]["raised"] == "FailedElsewhereError: no shards"
+
+
+@pytest.mark.distributed
+def test_ranks_that_chose_different_folders_stop(said: list[dict[str, object]]) -> None:
+    for words in said:
+        assert str(words["folders"]).startswith(
+            "rank 1 would write to run-2 and go on from None, rank 0 to run-1"
+        )
 
 
 @pytest.mark.distributed

@@ -220,6 +220,17 @@ def test_run_can_be_started_from_the_config_that_another_left(folders: list[str]
     assert losses[0] == losses[1]
 
 
+def test_checkpoint_that_cannot_be_written_ends_the_run(
+    folders: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    assert fit(*folders, *SMALL, "--trainer.max_steps", "2", "--checkpoint_every_n_steps", "1") == 1
+    assert capsys.readouterr().err.strip().splitlines()[-1].endswith("No space left on device")
+
+
 def test_run_folder_is_the_first_free_one(tmp_path: Path) -> None:
     output = tmp_path / "run"
     assert choose_run_folder(output) == output
