@@ -214,10 +214,8 @@ def _run_plan(config: GenerateConfig, plan: Plan, workers: _Workers) -> int:
 
 def _run_workers(config: GenerateConfig, plan: Plan, workers: _Workers) -> bool:
     """Runs the engine until nothing is left to do, or a signal asks it to stop; whether one did."""
-    stop, signals = threading.Event(), [signal.SIGTERM, signal.SIGUSR1]
-    if config.engine == "ray":
-        signals.append(signal.SIGINT)  # an interrupt that comes within Ray's own calls may be lost there
-    with stopping_on(stop, signals):
+    stop = threading.Event()
+    with stopping_on(stop, (signal.SIGTERM, signal.SIGUSR1)):
         if config.engine == "ray":
             from data_gen.job.engines import ray_cluster
 

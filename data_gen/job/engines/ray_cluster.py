@@ -94,7 +94,7 @@ def run(
         config: The cluster and the workers' shares of it.
         work: What each worker is told; the dataset must be the same folder on every node, or a URL.
         on_event: Takes a line for the user.
-        stop: Once it is set, the workers are told to give back their shards.
+        stop: Once it is set, the workers are told to give back their shards, as they are by Ctrl-C.
 
     Returns:
         The exit code of each worker; that of the one that was done first for those that it made superfluous.
