@@ -27,13 +27,14 @@ import yaml
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
+from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from stablerep import distributed, launch
 from stablerep.arguments import SuggestingErrors
 from stablerep.callbacks import FitProgressBar, Throughput, ViewGrid
 from stablerep.checkpoint import LAST_CHECKPOINT, AtomicCheckpointIO, find_checkpoint
+from stablerep.data_parallel import SettledDDPStrategy
 from stablerep.datamodule import MultiPositiveDataModule
 from stablerep.module import StableRep
 from stablerep.run_state import RunCheckpoints, SeedSteps
@@ -140,7 +141,7 @@ class FitCLI(LightningCLI):
             ]
         num_ranks = count_devices(trainer) * trainer.num_nodes
         if trainer.strategy == "ddp" or (trainer.strategy == "auto" and num_ranks > 1):
-            kwargs["strategy"] = DDPStrategy(timeout=timeout)
+            kwargs["strategy"] = SettledDDPStrategy(timeout=timeout)
         self.checkpoints = RunCheckpoints(
             self.run_folder,
             self.config.checkpoint_every_n_steps,
