@@ -279,6 +279,7 @@ def generate(root: Path) -> int:
 
 def drive(name: str, root: str) -> None:
     """What the process with a cluster runs."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it from birth
     if name != "generate":
         ray_cluster.run_worker = make_files
     (Path(root) / "result").write_text(json.dumps(globals()[name](Path(root))))
