@@ -12,6 +12,8 @@ from stablerep import launch
 from stablerep.launch import run_ranks
 
 ROOT = Path(__file__).parents[2]
+WAIT = "[time.sleep(0.05) for _ in range(1200)]"
+"""A minute in short sleeps: a signal that comes just as a long one begins is not seen before its end."""
 
 
 def python(program: str) -> list[str]:
@@ -56,7 +58,7 @@ def test_rank_that_was_killed_is_named_and_the_others_do_not_outlive_it(
     monkeypatch.setattr(launch, "GRACE_SECONDS", 0.5)
     start = time.monotonic()
     with pytest.raises(ChildProcessError, match="rank 1 was ended by SIGKILL; --ckpt_path last goes on"):
-        run_ranks(python("rank and os.kill(os.getpid(), signal.SIGKILL); time.sleep(60)"), 3)
+        run_ranks(python(f"rank and os.kill(os.getpid(), signal.SIGKILL); {WAIT}"), 3)
     assert time.monotonic() - start < 10
     assert "rank 0 had not left" in caplog.text
 
@@ -64,14 +66,14 @@ def test_rank_that_was_killed_is_named_and_the_others_do_not_outlive_it(
 def test_signals_to_stop_reach_every_rank() -> None:
     stop = "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75)); "
     tell = "rank or os.kill(os.getppid(), signal.SIGUSR1); "
-    assert run_ranks(python(f"{stop} time.sleep(0.3); {tell} time.sleep(60)"), 2) == 75
+    assert run_ranks(python(f"{stop} time.sleep(0.3); {tell} {WAIT}"), 2) == 75
 
 
 def test_rank_stops_when_the_process_that_started_it_is_gone(tmp_path: Path) -> None:
     rank = (
         "from stablerep.launch import watch_parent; "
         f"signal.signal(signal.SIGTERM, lambda *_: (open('{tmp_path}/stopped', 'w'), sys.exit())); "
-        f"watch_parent(); open('{tmp_path}/started', 'w'); time.sleep(60)"
+        f"watch_parent(); open('{tmp_path}/started', 'w'); {WAIT}"
     )
     program = f"from stablerep.launch import run_ranks; run_ranks({python(rank)!r}, 1)"
     with subprocess.Popen(

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +13,7 @@ import torch
 
 from stablerep.run_state import SeedSteps, is_last_step
 from tests.stablerep.datasets import write_dataset
-from tests.stablerep.fit_jobs import ROOT, TIMEOUT_SECONDS, Job
+from tests.stablerep.fit_jobs import TIMEOUT_SECONDS, Job
 
 pytestmark = [pytest.mark.e2e, pytest.mark.distributed]
 
@@ -122,24 +120,3 @@ def test_a_rank_that_hangs_is_waited_for_no_longer_than_was_asked(job: Job) -> N
     assert process.returncode == 1
     assert "rank 0 lost another rank, which was killed or does not answer" in error
     assert "Traceback" not in rest
-
-
-def test_killed_runs_go_on_as_if_nothing_had_happened(job: Job) -> None:
-    """The short form of benchmarks/resume.py; other numbers of ranks are in data/test_resuming.py."""
-    command = [
-        *(sys.executable, str(ROOT / "benchmarks" / "resume.py"), "--data", str(job.folder / "shards")),
-        *(
-            "--num_captions",
-            "32",
-            "--num_kills",
-            "2",
-            "--ranks",
-            "2:2,2:1",
-            "--num_workers",
-            "0",
-            "--name",
-            "",
-        ),
-    ]
-    done = subprocess.run(command, env=job.environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
