@@ -40,7 +40,7 @@ from stablerep.blockwise import (
 )
 from stablerep.distributed import all_gather_rows, gather_sizes, is_distributed, rank, world_size
 
-_SMALLEST_SQUARED_NORM = 1e-12
+_SMALLEST_NORM = 1e-6
 
 
 class ContrastiveLoss(NamedTuple):
@@ -73,11 +73,29 @@ def normalize_embeddings(embeddings: Tensor) -> Tensor:
     Shapes:
         [..., D] -> [..., D]
     """
-    x = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
-    squared_norm = x.square().sum(dim=-1, keepdim=True)
-    is_zero = squared_norm <= _SMALLEST_SQUARED_NORM
-    inverse_norm = squared_norm.masked_fill(is_zero, 1.0).rsqrt().masked_fill(is_zero, 0.0)
-    return x * inverse_norm
+    normalized: Tensor = _Normalize.apply(
+        embeddings if embeddings.dtype == torch.float64 else embeddings.float()
+    )
+    return normalized
+
+
+class _Normalize(torch.autograd.Function):
+    """∂L/∂x = (g − z (z·g)) / ‖x‖; keeps z, where autograd would keep x and what lies between as well."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        inverse = norm.reciprocal().masked_fill_(norm <= _SMALLEST_NORM, 0.0)
+        z = x * inverse
+        ctx.save_for_backward(z, inverse)
+        return z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        z, inverse = ctx.saved_tensors
+        along = (z * gradient).sum(dim=-1, keepdim=True)
+        return torch.addcmul(gradient, z, along, value=-1).mul_(inverse)
 
 
 def multi_positive_contrastive_loss(
@@ -192,11 +210,11 @@ class _MultiPositiveLoss(torch.autograd.Function):
     def forward(ctx: Any, z: Tensor, step: _Step) -> Tensor:
         own, temperature = step.own, step.temperature
         if step.is_whole:
-            logs = sum_exponentials(z * temperature**-0.5, None)[0].log()
+            logs = sum_exponentials(z, None, 1 / temperature)[0].log()
         else:
-            logs = log_sum_exp_by_rows(z / temperature, step.columns, own=own.start)
-        positives = step.caption_sum[step.caption[own]] - z  # Z
-        mean = (z * positives).sum(dim=1) / step.num_positives[own].clamp(min=1) / temperature
+            logs = log_sum_exp_by_rows(z, step.columns, 1 / temperature, own=own.start)
+        positives = step.caption_sum[step.caption[own]].sub_(z)  # Z
+        mean = positives.mul_(z).sum(dim=1) / step.num_positives[own].clamp(min=1) / temperature
         ctx.step, ctx.all_logs = step, all_gather_rows(logs)
         ctx.save_for_backward(z)
         has_positive = step.has_positive[own]  # a lonely anchor without any other column has l = −∞
@@ -210,14 +228,14 @@ class _MultiPositiveLoss(torch.autograd.Function):
         own, temperature, weights = step.own, step.temperature, step.weights
         if step.is_whole:
             factors = torch.where(step.has_positive, weights * torch.exp(-logs), 0.0)
-            attraction = multiply_exponentials(z * temperature**-0.5, None, factors, factors)[0]
-            attraction *= temperature**0.5
+            attraction = multiply_exponentials(z, None, 1 / temperature, factors, factors)[0]
         else:
             num_queued = len(step.columns) - len(logs)
             logs = torch.where(step.has_positive, logs, 0.0)
             attraction = multiply_softmax_by_rows(
-                z / temperature,
+                z,
                 step.columns,
+                1 / temperature,
                 logs[own],
                 torch.cat([logs, logs.new_zeros(num_queued)]),
                 weights[own],
@@ -225,9 +243,11 @@ class _MultiPositiveLoss(torch.autograd.Function):
                 own=own.start,
             )
         captions = step.caption[own]
-        positives = step.caption_sum[captions] + step.anchor_sum[captions] - 2 * z
+        positives = (step.caption_sum + step.anchor_sum)[captions].sub_(z, alpha=2)
         positives *= (weights[own] / step.num_positives[own].clamp(min=1))[:, None]
-        return (attraction - positives) * (gradient * world_size() / temperature), None
+        attraction -= positives
+        attraction *= gradient * world_size() / temperature
+        return attraction, None
 
 
 def image_text_contrastive_loss(
@@ -330,15 +350,14 @@ class _ImageTextLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, scale: Tensor, step: tuple[_Side, _Side]) -> Tensor:
-        is_one_process = (
-            a.device.type == "cpu" and not is_distributed()
-        )  # elsewhere to look at scale is to wait
+        # elsewhere to look at scale is to wait
+        is_one_process = a.device.type == "cpu" and not is_distributed()
         ctx.step, ctx.is_whole = step, is_one_process and float(scale) <= MAX_UNSHIFTED
         if ctx.is_whole:
-            logs = [sums.log() for sums in sum_exponentials(a * scale, b)]
+            logs = [sums.log() for sums in sum_exponentials(a, b, float(scale))]
         else:
             logs = [
-                log_sum_exp_by_rows(own * scale, other.columns)
+                log_sum_exp_by_rows(own, other.columns, scale)
                 for own, other in zip((a, b), (step[1], step[0]), strict=True)
             ]
         ctx.save_for_backward(a, b, scale)
@@ -346,7 +365,7 @@ class _ImageTextLoss(torch.autograd.Function):
         loss = a.new_zeros(())
         for z, side, other, side_logs in zip((a, b), step, step[::-1], logs, strict=True):
             own = side.own
-            mean = (z * other.caption_sum[side.caption[own]]).sum(dim=1)
+            mean = other.caption_sum[side.caption[own]].mul_(z).sum(dim=1)
             mean *= scale / side.num_positives[own].clamp(min=1)
             losses = torch.where(side.has_positive[own], side_logs - mean, 0.0)
             loss += (losses * side.weights[own]).sum()
@@ -363,13 +382,13 @@ class _ImageTextLoss(torch.autograd.Function):
         ]
         if ctx.is_whole:
             factors = [w * torch.exp(-side_logs) for w, side_logs in zip(weights, logs, strict=True)]
-            of_images, of_texts = multiply_exponentials(a * scale, b, *factors)
-            attractions = [of_images, of_texts / scale]
+            attractions = list(multiply_exponentials(a, b, float(scale), *factors))
         else:
             attractions = [
                 multiply_softmax_by_rows(
-                    z * scale,
+                    z,
                     ctx.step[1 - side].columns,
+                    scale,
                     logs[side][ctx.step[side].own],
                     logs[1 - side],
                     weights[side][ctx.step[side].own],
@@ -383,10 +402,10 @@ class _ImageTextLoss(torch.autograd.Function):
             own, caption = side.own, side.caption[side.own]
             share = weights[index][own] / side.num_positives[own].clamp(min=1)
             share = share + _positive_share(other, weights[1 - index], len(side.caption_sum))[caption]
-            unscaled = attraction - share[:, None] * other.caption_sum[caption]
+            attraction -= other.caption_sum[caption].mul_(share[:, None])
             if index == 0:  # either side's sum is the whole derivative by the scale
-                of_scale = (z * unscaled).sum()
-            gradients.append(unscaled * (scale * gradient * world_size()))
+                of_scale = (z * attraction).sum()
+            gradients.append(attraction.mul_(scale * gradient * world_size()))
         return gradients[0], gradients[1], of_scale * gradient * world_size(), None
 
 
