@@ -2,7 +2,7 @@
 
 stablerep.data.order      the captions of each step
 stablerep.data.sources    where images lie, and their bytes; verified before use
-stablerep.stream          steps to batches, in the workers
+stablerep.data.stream          steps to batches, in the workers
 """
 
 import hashlib
@@ -22,8 +22,8 @@ from stablerep.data.opening import open_dataset
 from stablerep.data.order import Order, Position
 from stablerep.data.resuming import align_trainer
 from stablerep.data.sources import ON_THIS_MACHINE, CacheConfig, ShardedDataset
+from stablerep.data.stream import DROP_REASONS, Positives, StepStream, ViewConfig, colour_batch
 from stablerep.data.tally import Tally
-from stablerep.stream import DROP_REASONS, Positives, StepStream, ViewConfig, colour_batch
 
 logger = logging.getLogger(__name__)
 

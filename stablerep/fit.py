@@ -7,8 +7,8 @@ Each run has a folder of its own: `--output`, or when that holds a run, the same
     checkpoints/last.ckpt      replaced whole, every `--checkpoint_every_n_steps` and at the end
     checkpoints/previous.ckpt  the one before
 
-With several devices the command starts one process a rank and watches them (`stablerep.launch`), unless
-torchrun or Slurm has started them.
+With several devices the command starts one process a rank and watches them (`stablerep.distributed.launch`),
+unless torchrun or Slurm has started them.
 """
 
 import logging
@@ -30,15 +30,16 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from stablerep import distributed, launch
+from stablerep import distributed
 from stablerep.arguments import SuggestingErrors
 from stablerep.callbacks import FitProgressBar, Throughput, ViewGrid
-from stablerep.checkpoint import LAST_CHECKPOINT, AtomicCheckpointIO, find_checkpoint
-from stablerep.data_parallel import SettledDDPStrategy
 from stablerep.datamodule import MultiPositiveDataModule
+from stablerep.distributed import launch
+from stablerep.distributed.data_parallel import SettledDDPStrategy
 from stablerep.module import StableRep
-from stablerep.run_state import RunCheckpoints, SeedSteps
-from stablerep.stopping import StoppedEarly
+from stablerep.runs.checkpoint import LAST_CHECKPOINT, AtomicCheckpointIO, find_checkpoint
+from stablerep.runs.state import RunCheckpoints, SeedSteps
+from stablerep.runs.stopping import StoppedEarly
 
 CONFIG_VERSION = 1
 """Of the options: raised when one is renamed, removed or changes its meaning."""

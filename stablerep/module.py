@@ -30,7 +30,7 @@ from stablerep.backbones import (
     build_backbone,
 )
 from stablerep.collapse import embedding_std, positives_per_anchor, rank_me
-from stablerep.finite import FiniteWatch
+from stablerep.distributed.sharding import shard, whole
 from stablerep.losses import multi_positive_contrastive_loss
 from stablerep.memory import EmbeddingMemory
 from stablerep.micro_batches import run_in_parts
@@ -41,7 +41,7 @@ from stablerep.optimizer import (
     split_by_decay,
     update_average,
 )
-from stablerep.sharding import shard, whole
+from stablerep.runs.finite import FiniteWatch
 from stablerep.text import ImageTextHead, TextConfig, Tokenizer, build_text_tower
 
 logger = logging.getLogger(__name__)
@@ -195,7 +195,7 @@ class StableRep(pl.LightningModule):
         return features
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
-        """Loss of one batch (see `stablerep.stream`).
+        """Loss of one batch (see `stablerep.data.stream`).
 
         Raises:
             NonFiniteLossError: Before the optimizer steps on a CPU, a step later elsewhere; as each rank's

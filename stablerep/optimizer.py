@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stablerep.sharding import local
+from stablerep.distributed.sharding import local
 
 
 @dataclass(frozen=True)

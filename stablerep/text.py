@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from stablerep.backbones import ProjectionHead
+from stablerep.distributed.sharding import local
 from stablerep.losses import ContrastiveLoss, image_text_contrastive_loss
-from stablerep.sharding import local
 
 if TYPE_CHECKING:
     from open_clip.transformer import TextTransformer

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from stablerep.data.order import Position
-from stablerep.stream import DROP_REASONS
+from stablerep.data.stream import DROP_REASONS
 
 logger = logging.getLogger(__name__)
 

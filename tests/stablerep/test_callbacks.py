@@ -11,8 +11,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from stablerep.callbacks import FitProgressBar, OnlineProbes, Throughput, ViewGrid, draw_grid
+from stablerep.distributed.sharding import ShardedStrategy
 from stablerep.flops import count_flops_per_caption
-from stablerep.sharding import ShardedStrategy
 from tests.stablerep.datasets import write_image_folder
 from tests.stablerep.ranks import run_on_ranks
 from tests.stablerep.training import Recorder, build_batches, build_module, train, train_as_rank

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from stablerep.backbones import load_backbone
-from stablerep.finite import FiniteWatch, NonFiniteLossError
+from stablerep.distributed.sharding import ShardedStrategy, whole
 from stablerep.module import StableRep
 from stablerep.optimizer import OptimizerConfig
-from stablerep.sharding import ShardedStrategy, whole
+from stablerep.runs.finite import FiniteWatch, NonFiniteLossError
 from stablerep.text import TextConfig
 from tests.stablerep.ranks import run_on_ranks
 from tests.stablerep.test_losses import naive_loss

@@ -9,9 +9,9 @@ import lightning.pytorch as pl
 import torch
 
 from stablerep import distributed
-from stablerep.checkpoint import AtomicCheckpointIO
 from stablerep.module import StableRep
 from stablerep.optimizer import OptimizerConfig
+from stablerep.runs.checkpoint import AtomicCheckpointIO
 
 TINY_VIT = {"patch_size": 8, "depth": 1, "embed_dim": 16, "num_heads": 2}
 

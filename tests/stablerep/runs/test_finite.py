@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from stablerep.finite import FiniteWatch, NonFiniteLossError
+from stablerep.runs.finite import FiniteWatch, NonFiniteLossError
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -4,7 +4,7 @@ import signal
 import pytest
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
-from stablerep.stopping import STOP_SIGNALS, StopFlag
+from stablerep.runs.stopping import STOP_SIGNALS, StopFlag
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)

@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 
 from stablerep import distributed
-from stablerep.checkpoint import LAST_CHECKPOINT
-from stablerep.stopping import StopFlag, StoppedEarly, silence_lightning
+from stablerep.runs.checkpoint import LAST_CHECKPOINT
+from stablerep.runs.stopping import StopFlag, StoppedEarly, silence_lightning
 
 _GLOBAL_STREAM = 2  # keeps torch's global random numbers apart from those of the data
 

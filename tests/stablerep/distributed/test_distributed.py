@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from stablerep import distributed
-from stablerep.run_state import RunCheckpoints
+from stablerep.runs.state import RunCheckpoints
 from tests.stablerep.ranks import run_on_ranks
 
 

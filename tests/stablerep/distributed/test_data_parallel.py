@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from stablerep.data_parallel import SettledDDP
+from stablerep.distributed.data_parallel import SettledDDP
 from tests.stablerep.ranks import run_on_ranks
 
 NUM_RANKS, NUM_STEPS, NUM_BEFORE_RESTART = 3, 5, 2

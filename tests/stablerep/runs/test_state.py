@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from stablerep.run_state import SeedSteps, is_last_step
+from stablerep.runs.state import SeedSteps, is_last_step
 from tests.stablerep.datasets import write_dataset
 from tests.stablerep.fit_jobs import TIMEOUT_SECONDS, Job
 

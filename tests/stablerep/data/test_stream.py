@@ -11,7 +11,7 @@ from stablerep.augment import AugmentationConfig
 from stablerep.data.opening import open_dataset
 from stablerep.data.order import Order, Position
 from stablerep.data.sources import ON_THIS_MACHINE, CacheConfig
-from stablerep.stream import StepStream, ViewConfig, label_of
+from stablerep.data.stream import StepStream, ViewConfig, label_of
 from tests.stablerep.datasets import write_dataset
 
 IDENTITY = AugmentationConfig((1.0, 1.0), (1.0, 1.0), flip_probability=0.0)

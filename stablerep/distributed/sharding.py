@@ -2,7 +2,7 @@
 
     trainer:
       strategy:
-        class_path: stablerep.sharding.ShardedStrategy
+        class_path: stablerep.distributed.sharding.ShardedStrategy
 
 Each block of a transformer is gathered when it is needed and let go after it. A checkpoint is one file with
 the whole weights and optimizer state, the same as without sharding: a run may go on with it or without.

@@ -4,9 +4,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from stablerep.distributed.sharding import ShardedStrategy
 from stablerep.module import StableRep
 from stablerep.optimizer import OptimizerConfig
-from stablerep.sharding import ShardedStrategy
 from stablerep.text import TextConfig
 from tests.stablerep.ranks import run_on_ranks
 from tests.stablerep.training import Recorder, build_batches, build_module, train_as_rank

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from stablerep.checkpoint import (
+from stablerep.runs.checkpoint import (
     AtomicCheckpointIO,
     NonFiniteWeightsError,
     find_checkpoint,
@@ -188,7 +188,7 @@ def save_for_ever(path: Path, is_saving: Event) -> None:
 
 def test_kill_at_any_moment_of_saving_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     context = multiprocessing.get_context("forkserver")  # torch is imported once, not once a kill
-    context.set_forkserver_preload(["stablerep.checkpoint"])
+    context.set_forkserver_preload(["stablerep.runs.checkpoint"])
     path, rng = tmp_path / "run" / "checkpoints" / "last.ckpt", random.Random(0)
     num_torn = 0
     for _ in range(NUM_KILLS):

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from stablerep import launch
-from stablerep.launch import run_ranks
+from stablerep.distributed import launch
+from stablerep.distributed.launch import run_ranks
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 WAIT = "[time.sleep(0.05) for _ in range(1200)]"
 """A minute in short sleeps: a signal that comes just as a long one begins is not seen before its end."""
 
@@ -71,11 +71,11 @@ def test_signals_to_stop_reach_every_rank() -> None:
 
 def test_rank_stops_when_the_process_that_started_it_is_gone(tmp_path: Path) -> None:
     rank = (
-        "from stablerep.launch import watch_parent; "
+        "from stablerep.distributed.launch import watch_parent; "
         f"signal.signal(signal.SIGTERM, lambda *_: (open('{tmp_path}/stopped', 'w'), sys.exit())); "
         f"watch_parent(); open('{tmp_path}/started', 'w'); {WAIT}"
     )
-    program = f"from stablerep.launch import run_ranks; run_ranks({python(rank)!r}, 1)"
+    program = f"from stablerep.distributed.launch import run_ranks; run_ranks({python(rank)!r}, 1)"
     with subprocess.Popen(
         [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(ROOT)}
     ) as parent:

@@ -1,0 +1,1 @@
+"""What keeps a long run alive: checkpoints, exact resume, stopping in time."""
