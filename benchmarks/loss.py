@@ -8,8 +8,9 @@ target distribution, log-softmax, their product. In bfloat16 it multiplies in bf
 ours computes in float32 at any precision of its inputs.
 
 Each measurement has a process of its own, in turns; a ratio is that of two neighbours. Time is processor time
-of all threads on the CPU, the device's own clock elsewhere. Memory is the peak of one forward and backward
-above what the inputs take. The relative error of the gradient is against float64 at the smallest size.
+on the CPU, the device's own clock elsewhere; of one thread unless `num_threads` says more, as threads that
+wait for each other count as busy. Memory is the peak of one forward and backward above what the inputs take.
+The relative error of the gradient is against float64 at the smallest size.
 
 Writes benchmarks/results/{name}.{json,md}.
 """
@@ -83,7 +84,8 @@ def measure(
     sizes: tuple[int, ...] = (2048, 8192, 16384),
     width: int = 256,
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16"),
-    num_repeats: int = 3,
+    num_repeats: int = 5,
+    num_threads: int = 1,
     name: str = "loss",
 ) -> None:
     """Measure and print; see the module.
@@ -94,6 +96,7 @@ def measure(
         width: Width of the embeddings.
         dtypes: Precision of the embeddings.
         num_repeats: Turns of each side.
+        num_threads: Threads of a measurement on the CPU.
         name: Name of the result files.
     """
     rows = []
@@ -103,14 +106,15 @@ def measure(
                 turns: dict[str, list[dict[str, float]]] = {side: [] for side in LOSSES[loss]}
                 for _ in range(num_repeats):
                     for side, taken in turns.items():
-                        taken.append(run_alone(loss, side, size, width, dtype, device))
+                        taken.append(run_alone(loss, side, size, width, dtype, device, num_threads))
                 rows.append({"loss": loss, "dtype": dtype, "num_images": size, "turns": turns})
                 print(describe(rows[-1]), flush=True)
     errors = {loss: measure_error(loss, min(sizes), width, device) for loss in LOSSES}
-    processor = torch.cuda.get_device_name() if device != "cpu" else find_processor()
+    threads = f"{num_threads} thread{'s' if num_threads > 1 else ''} of {find_processor()}"
+    processor = torch.cuda.get_device_name() if device != "cpu" else threads
     result = {
         "processor": processor,
-        "num_threads": torch.get_num_threads(),
+        "num_threads": num_threads,
         "torch": torch.__version__,
         "width": width,
         "num_views": NUM_VIEWS,
@@ -124,11 +128,13 @@ def measure(
     print(table)
 
 
-def run_alone(loss: str, side: str, size: int, width: int, dtype: str, device: str) -> dict[str, float]:
+def run_alone(
+    loss: str, side: str, size: int, width: int, dtype: str, device: str, num_threads: int
+) -> dict[str, float]:
     """Seconds and bytes of one forward and backward, in a fresh process."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    arguments = (sender, loss, side, size, width, dtype, device)
+    arguments = (sender, loss, side, size, width, dtype, device, num_threads)
     process = context.Process(target=_serve, args=arguments)
     process.start()
     sender.close()
@@ -140,7 +146,10 @@ def run_alone(loss: str, side: str, size: int, width: int, dtype: str, device: s
     return {"seconds": seconds, "bytes": num_bytes}
 
 
-def _serve(sender: Any, loss: str, side: str, size: int, width: int, dtype: str, device: str) -> None:
+def _serve(
+    sender: Any, loss: str, side: str, size: int, width: int, dtype: str, device: str, num_threads: int
+) -> None:
+    torch.set_num_threads(num_threads)
     function = LOSSES[loss][side]
     _step(function, *_inputs(512, width, dtype, device))  # what is set up once
     inputs = _inputs(size, width, dtype, device)
