@@ -4,6 +4,7 @@
 """
 
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -149,7 +150,13 @@ def load_backbone(checkpoint: str | Path, *, random_init: bool = False, ema: boo
     path = Path(checkpoint)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {checkpoint} does not exist")
-    content = read_checkpoint(path)
+    return build_from_checkpoint(read_checkpoint(path), path, random_init=random_init, ema=ema)
+
+
+def build_from_checkpoint(
+    content: Mapping[str, Any], path: Path, *, random_init: bool = False, ema: bool = False
+) -> nn.Module:
+    """The backbone of a checkpoint that is read already; `load_backbone` says the rest."""
     description = content[_CHECKPOINT_KEY]
     if description.get("schema_version") != BACKBONE_SCHEMA_VERSION:
         raise ValueError(
@@ -189,6 +196,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise ValueError(f"checkpoint {path} is not readable: {reason}") from error
-    if not isinstance(content, dict) or not {_CHECKPOINT_KEY, "state_dict"} <= content.keys():
+    if not is_checkpoint(content):
         raise ValueError(f"checkpoint {path} is of another model: it has no {_CHECKPOINT_KEY} entry")
-    return content
+    found: dict[str, Any] = content
+    return found
+
+
+def is_checkpoint(content: Any) -> bool:
+    """Whether what a file holds is a checkpoint of `stablerep fit`."""
+    return isinstance(content, dict) and {_CHECKPOINT_KEY, "state_dict"} <= content.keys()

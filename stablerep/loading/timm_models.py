@@ -1,0 +1,95 @@
+"""Models of timm: by name, from a folder with config.json, or from the hub."""
+
+import logging
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import timm
+import timm.data
+from torch import nn
+
+from stablerep.loading.model import InputFormat, LoadedModel
+from stablerep.loading.weights import describe_keys
+
+logger = logging.getLogger(__name__)
+
+_MISSING, _UNEXPECTED = "Missing key(s) in state_dict:", "Unexpected key(s) in state_dict:"
+
+
+def load_timm(name: str, source: str, *, random_init: bool) -> LoadedModel:
+    """A model of timm without its classifier.
+
+    Args:
+        name: What the user gave.
+        source: A name of timm, `local-dir:FOLDER` or `hf-hub:ORG/NAME`.
+        random_init: Fresh weights (torch's global seed).
+
+    Raises:
+        ValueError: If timm cannot build it, or weights other than the classifier's are missing or unexpected.
+    """
+    model: Any = _create(name, source, not random_init)
+    if getattr(model, "num_classes", 0):
+        model.reset_classifier(0)
+    return LoadedModel(
+        name=name,
+        architecture=str(model.pretrained_cfg.get("architecture") or source),
+        kind="timm",
+        backbone=model,
+        input_format=read_input_format(timm.data.resolve_model_data_config(model), name),
+    )
+
+
+def _create(name: str, source: str, pretrained: bool) -> nn.Module:
+    """As timm builds it; strictly, so that no weight is left at random but a classifier that is not there."""
+    try:
+        return timm.create_model(source, pretrained=pretrained)
+    except (RuntimeError, ValueError, OSError, KeyError, TypeError, AssertionError, AttributeError) as error:
+        text = str(error)
+        missing, unexpected = _keys_after(text, _MISSING), _keys_after(text, _UNEXPECTED)
+        if missing and not unexpected and "size mismatch" not in text:
+            bare: Any = timm.create_model(source, pretrained=False)
+            classifiers = bare.pretrained_cfg.get("classifier") or "head"
+            prefixes = [classifiers] if isinstance(classifiers, str) else list(classifiers)
+            if all(key.startswith(tuple(f"{prefix}." for prefix in prefixes)) for key in missing):
+                return timm.create_model(source, pretrained=True, num_classes=0)
+        keys = "; ".join([*describe_keys("missing", missing), *describe_keys("unexpected", unexpected)])
+        reason = keys or " ".join(text.split())[:300] or type(error).__name__
+        raise ValueError(f"{name}: timm cannot load it: {reason}") from error
+
+
+def read_input_format(settings: Mapping[str, Any], name: str) -> InputFormat:
+    """The input format of timm's `input_size`, `mean`, `std`, `interpolation`, `crop_pct`, `crop_mode`.
+
+    timm rounds the resized side down; the crop fraction here is that of the side which it takes.
+
+    Args:
+        settings: timm's, complete or not; what is missing is ImageNet's.
+        name: What messages call the model.
+
+    Raises:
+        ValueError: If the input is not square, or has not three channels.
+    """
+    channels, height, width = settings.get("input_size") or (3, 224, 224)
+    if channels != 3 or height != width:
+        raise ValueError(
+            f"{name} takes {channels} x {height} x {width} images, not square ones of 3 channels"
+        )
+    if (mode := settings.get("crop_mode") or "center") != "center":
+        logger.warning("%s resizes images by %s; the shorter side and a crop are used", name, mode)
+    resize_size = max(height, math.floor(height / (settings.get("crop_pct") or 0.875)))
+    interpolation = settings.get("interpolation") or "bicubic"
+    return InputFormat(
+        image_size=height,
+        mean=tuple(settings.get("mean") or timm.data.IMAGENET_DEFAULT_MEAN),
+        std=tuple(settings.get("std") or timm.data.IMAGENET_DEFAULT_STD),
+        interpolation="bicubic" if interpolation == "random" else interpolation,
+        crop_fraction=height / resize_size,
+    )
+
+
+def _keys_after(text: str, heading: str) -> list[str]:
+    """The quoted names in the line of torch's message that begins with the heading."""
+    _, found, rest = text.partition(heading)
+    return re.findall(r'"([^"]+)"', rest.partition("\n")[0]) if found else []
