@@ -18,11 +18,30 @@ def embedding_std(embeddings: Tensor) -> Tensor:
     return normalize_embeddings(embeddings).std(dim=0).mean() * embeddings.shape[1] ** 0.5
 
 
-def rank_me(embeddings: Tensor) -> Tensor:
-    """exp(−Σ_k p_k log p_k), p_k = σ_k / Σ σ + 10⁻⁷: how many directions the embeddings use, smoothly.
+def smooth_rank(values: Tensor) -> Tensor:
+    """exp(−Σ_k p_k log p_k), p_k = v_k / Σ v + 10⁻⁷: how many of the values are large, without a threshold.
 
-    σ are the singular values; at most min(N, D) comes out. Of more than `NUM_EMBEDDINGS_FOR_RANK` embeddings,
-    as many are taken, at even distances.
+    Of k equal values among zeros k comes out, of all zeros a number near 1. The 10⁻⁷ is not taken off again,
+    as published.
+
+    Args:
+        values: Singular values or eigenvalues, >= 0.
+
+    Shapes:
+        [K] -> []
+
+    Reference:
+        Garrido et al., RankMe, arXiv 2210.02885, section 3.1.
+    """
+    p = values / values.sum().clamp(min=_EPSILON) + _EPSILON
+    return torch.exp(-(p * p.log()).sum())
+
+
+def rank_me(embeddings: Tensor) -> Tensor:
+    """`smooth_rank` of the singular values: how many directions the embeddings use.
+
+    At most min(N, D) comes out. Of more than `NUM_EMBEDDINGS_FOR_RANK` embeddings, as many are taken, at even
+    distances. `stablerep.evaluation.geometry.rank_me` takes more of them, in float64.
 
     Shapes:
         [N, D] -> []
@@ -31,9 +50,7 @@ def rank_me(embeddings: Tensor) -> Tensor:
         Garrido et al., RankMe, arXiv 2210.02885, section 3.1.
     """
     rows = embeddings[:: -(-len(embeddings) // NUM_EMBEDDINGS_FOR_RANK)].float()
-    sigma = torch.linalg.svdvals(rows)
-    p = sigma / sigma.sum().clamp(min=_EPSILON) + _EPSILON
-    return torch.exp(-(p * p.log()).sum())
+    return smooth_rank(torch.linalg.svdvals(rows))
 
 
 def positives_per_anchor(labels: Tensor) -> Tensor:
