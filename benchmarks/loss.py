@@ -4,25 +4,27 @@
     python benchmarks/loss.py --device cuda --sizes "[8192, 32768, 65536]" --name loss_cuda
 
 The direct implementation is the formula as it stands: an N×N matrix of similarities, a mask of positives as
-target distribution, log-softmax, their product. Of the image loss there are two: by the steps of the published
-code, with masks in float32 and the largest similarity of each row taken off, and a lean one without. In
-bfloat16 they multiply in bfloat16, as under autocast; ours computes in float32 at any precision of its inputs.
+target distribution, log-softmax, their product. Of the image loss there are two: by the steps of the
+published code, with masks in float32 and the largest similarity of each row taken off, and a lean one
+without. In bfloat16 they multiply in bfloat16, as under autocast; ours computes in float32 at any precision.
 
 Each measurement has a process of its own, in turns; a ratio is that of two neighbours. Time is processor time
 on the CPU, the device's own clock elsewhere; of one thread unless `num_threads` says more, as threads that
 wait for each other count as busy. Memory is the peak of one forward and backward above what the inputs take.
 The relative error of the gradient is against float64 at the smallest size.
 
-Writes benchmarks/results/{name}.{json,md}.
+Writes {output}/{name}.{json,md}.
 """
 
 import json
 import multiprocessing
 import os
 import platform
+import signal
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,7 +38,6 @@ from stablerep.losses import image_text_contrastive_loss, multi_positive_contras
 RESULTS = Path(__file__).parent / "results"
 NUM_VIEWS = 4
 TEMPERATURE = 0.1
-SCALE = 1 / 0.07
 Loss = Callable[..., Tensor]
 
 
@@ -62,9 +63,9 @@ def lean_image_loss(z: Tensor, _: Tensor, labels: Tensor) -> Tensor:
     return -(p * log_softmax(s, dim=1)).sum(dim=1).mean()
 
 
-def direct_image_text_loss(z: Tensor, texts: Tensor, labels: Tensor) -> Tensor:
+def direct_image_text_loss(scale: float, z: Tensor, texts: Tensor, labels: Tensor) -> Tensor:
     """½ · both cross-entropies, with the targets as matrices."""
-    s = _at_least_float32(SCALE * normalize(z, dim=1) @ normalize(texts, dim=1).T)
+    s = _at_least_float32(scale * normalize(z, dim=1) @ normalize(texts, dim=1).T)
     pairs = (labels[:, None] == labels[None, ::NUM_VIEWS]).to(s.dtype)
     targets = pairs / pairs.sum(dim=1, keepdim=True), pairs.T / pairs.T.sum(dim=1, keepdim=True)
     return (cross_entropy(s, targets[0]) + cross_entropy(s.T, targets[1])) / 2
@@ -79,15 +80,21 @@ def our_image_loss(z: Tensor, _: Tensor, labels: Tensor) -> Tensor:
     return multi_positive_contrastive_loss(z, labels, TEMPERATURE).loss
 
 
-def our_image_text_loss(z: Tensor, texts: Tensor, labels: Tensor) -> Tensor:
+def our_image_text_loss(scale: float, z: Tensor, texts: Tensor, labels: Tensor) -> Tensor:
     """The library's."""
-    scale = torch.tensor(SCALE, device=z.device)
-    return image_text_contrastive_loss(z, texts, labels, labels[::NUM_VIEWS], scale).loss
+    factor = torch.tensor(scale, device=z.device)
+    return image_text_contrastive_loss(z, texts, labels, labels[::NUM_VIEWS], factor).loss
 
 
 LOSSES: dict[str, dict[str, Loss]] = {
     "image": {"direct": direct_image_loss, "direct, lean": lean_image_loss, "ours": our_image_loss},
-    "image-text": {"direct": direct_image_text_loss, "ours": our_image_text_loss},
+    **{
+        f"image-text, scale {round(scale)}": {
+            "direct": partial(direct_image_text_loss, scale),
+            "ours": partial(our_image_text_loss, scale),
+        }
+        for scale in (1 / 0.07, 100.0)  # where the learnt one begins, and where it is kept from going on
+    },
 }
 
 
@@ -98,6 +105,7 @@ def measure(
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16"),
     num_repeats: int = 5,
     num_threads: int = 1,
+    output: str = str(RESULTS),
     name: str = "loss",
 ) -> None:
     """Measure and print; see the module.
@@ -109,6 +117,7 @@ def measure(
         dtypes: Precision of the embeddings.
         num_repeats: Turns of each side.
         num_threads: Threads of a measurement on the CPU.
+        output: Folder of the results.
         name: Name of the result files.
     """
     rows = []
@@ -134,9 +143,10 @@ def measure(
         "rows": rows,
     }
     table = build_table(result)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
-    (RESULTS / f"{name}.md").write_text(table)
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    (folder / f"{name}.md").write_text(table)
     print(table)
 
 
@@ -152,8 +162,11 @@ def run_alone(
     sender.close()
     try:
         seconds, num_bytes = receiver.recv()
-    except EOFError:  # killed, for want of memory
-        seconds, num_bytes = float("nan"), float("nan")
+    except EOFError:
+        process.join()
+        if process.exitcode != -signal.SIGKILL:
+            raise RuntimeError(f"{side} of the {loss} loss at {size} images failed") from None
+        seconds, num_bytes = float("nan"), float("nan")  # killed, for want of memory
     process.join()
     return {"seconds": seconds, "bytes": num_bytes}
 
@@ -212,14 +225,13 @@ def _read_status(name: str) -> int:
 
 
 def measure_error(loss: str, size: int, width: int, device: str) -> float:
-    """‖g − g64‖ / ‖g64‖ of our gradient in float32, g64 being the direct one in float64."""
+    """‖g − g64‖ / ‖g64‖ of our gradients in float32, g64 being the direct ones in float64."""
     gradients = []
     for side, dtype in (("ours", "float32"), ("direct", "float64")):
         z, texts, labels = _inputs(size, width, "float32", device)
         exact = [x.detach().to(getattr(torch, dtype)).requires_grad_() for x in (z, texts)]
         _step(LOSSES[loss][side], exact[0], exact[1], labels)
-        assert exact[0].grad is not None
-        gradients.append(exact[0].grad.double())
+        gradients.append(torch.cat([x.grad.double() for x in exact if x.grad is not None]))
     return float((gradients[0] - gradients[1]).norm() / gradients[1].norm())
 
 

@@ -102,16 +102,23 @@ class ProjectionHead(nn.Sequential):
         )
         self.norm = norm
 
-    def project_views(self, features: Tensor) -> Tensor:
-        """Embeddings of all views.
+    def forward(self, features: Tensor) -> Tensor:
+        """Embeddings, of all views of each caption, or of images that belong to no caption.
 
         Shapes:
             features [num_captions, num_views, D] -> [num_captions, num_views, out_features]
+            features [N, D] -> [N, out_features]
         """
-        if self.norm == "batchnorm_per_view":
-            return torch.stack([self(view) for view in features.unbind(dim=1)], dim=1)
-        embeddings: Tensor = self(features.flatten(0, 1))
-        return embeddings.unflatten(0, features.shape[:2])
+        x = features if features.ndim == 3 else features[:, None]
+        for layer in self:
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                if self.norm == "batchnorm_per_view":
+                    x = torch.stack([layer(view) for view in x.unbind(dim=1)], dim=1)
+                else:
+                    x = layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+            else:
+                x = layer(x)
+        return x if features.ndim == 3 else x.squeeze(1)
 
 
 def describe_backbone(backbone: nn.Module) -> dict[str, Any]:

@@ -22,8 +22,8 @@ from stablerep.augment import normalize
 from stablerep.distributed.sharding import ShardedStrategy
 from stablerep.evaluation.features import build_eval_transform
 from stablerep.evaluation.knn import knn_classify
-from stablerep.evaluation.labelled import decode_image
 from stablerep.evaluation.ridge import ridge_classify
+from stablerep.evaluation.sets.decoding import decode_image
 from stablerep.flops import count_flops_per_caption, find_peak_flops
 
 logger = logging.getLogger(__name__)
@@ -179,10 +179,12 @@ class OnlineProbes(pl.Callback):
     @torch.no_grad()
     def _features(self, backbone: Any, split: str, device: torch.device) -> Tensor:
         images = self._images[split][0]
-        parts = [
-            backbone(normalize(part.to(device).float() / 255, backbone.mean, backbone.std))
-            for part in images.split(self.num_images_per_batch)
-        ]
+        # A compiled backbone that meets batches of another size takes every size from then on, more slowly.
+        with torch.compiler.set_stance("force_eager"):
+            parts = [
+                backbone(normalize(part.to(device).float() / 255, backbone.mean, backbone.std))
+                for part in images.split(self.num_images_per_batch)
+            ]
         return torch.cat(parts)
 
 

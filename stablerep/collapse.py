@@ -53,11 +53,12 @@ def rank_me(embeddings: Tensor) -> Tensor:
     return smooth_rank(torch.linalg.svdvals(rows))
 
 
-def positives_per_anchor(labels: Tensor) -> Tensor:
-    """Mean over images of how many others share the label.
+def positives_per_anchor(labels: Tensor, queue_labels: Tensor | None = None) -> Tensor:
+    """Mean over images of how many others share the label, those of the queue among them.
 
     Shapes:
-        [N] -> []
+        labels [N], queue_labels [Q] -> []
     """
-    _, counts = labels.unique(return_counts=True)
-    return (counts * (counts - 1)).sum().float() / len(labels)
+    columns = labels if queue_labels is None else torch.cat([labels, queue_labels])
+    _, numbers, counts = columns.unique(return_inverse=True, return_counts=True)
+    return (counts[numbers[: len(labels)]] - 1).float().mean()

@@ -4,6 +4,7 @@ What is counted is the model's own work in a forward and a backward, backbones a
 gradient caching computes again, are not: a run that computes less is not worse for it.
 """
 
+import re
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -13,14 +14,15 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from stablerep.module import StableRep
-from stablerep.text import TextConfig
 
 _TERA = 1e12
-# Dense products in bfloat16 (float16 for V100), from the makers' data sheets; the first name that fits.
+# Dense products in bfloat16 (float16 for V100), from the makers' data sheets, by words of the device's name;
+# the first that fits.
 _PEAKS = {
     "B200": 2250 * _TERA,
     "H200": 989 * _TERA,
     "H100 PCIe": 756 * _TERA,
+    "H100 NVL": 835 * _TERA,
     "H100": 989 * _TERA,
     "A100": 312 * _TERA,
     "L40S": 362 * _TERA,
@@ -40,24 +42,19 @@ def count_flops_per_caption(hyper_parameters: Mapping[str, Any]) -> float:
     Args:
         hyper_parameters: The module's.
     """
-    text = hyper_parameters["text"]
-    options = dict(hyper_parameters) | {
-        "text": None if text is None else TextConfig(**text),
-        "gradient_checkpointing": False,
-        "queue_size": 0,
-    }
-    del options["optimizer"]
+    options = dict(hyper_parameters) | {"gradient_checkpointing": False, "queue_size": 0}
     num_captions = 2  # BatchNorm takes no fewer
     with torch.device("meta"):
         module = StableRep(**options)
         side, num_views = options["image_size"], options["num_views_per_caption"]
         images = torch.empty(num_captions * num_views, 3, side, side)
-        tokens = torch.empty(num_captions, 1 if text is None else text["context_length"], dtype=torch.int64)
+        length = options["text"]["context_length"] if options["text"] else 1
+        tokens = torch.empty(num_captions, length, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
         features = module.backbone(images).unflatten(0, (num_captions, num_views))
         outputs: list[Tensor] = []
         if module.projection_head is not None:
-            outputs.append(module.projection_head.project_views(features))
+            outputs.append(module.projection_head(features))
         if module.text_tower is not None and module.text_head is not None:
             outputs += module.text_head.project(features, module.text_tower(tokens))
         torch.stack([output.sum() for output in outputs]).sum().backward()
@@ -74,7 +71,7 @@ def find_peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, st
     if device.type == "cuda" and dtype.itemsize == 2:
         name = torch.cuda.get_device_name(device)
         for known, peak in _PEAKS.items():
-            if known in name:
+            if re.search(rf"\b{known}\b", name):
                 return peak, f"data sheet of {known}"
     return measure_peak_flops(device, dtype), "a measured matrix product"
 

@@ -144,6 +144,7 @@ class _Step:
 
     Attributes:
         columns: z of all ranks, then of the queue.
+        sizes: How many of them each rank has.
         own: The columns of this rank's rows.
         caption: Index of each anchor's caption among the step's captions.
         caption_sum: Sum of the columns of each caption.
@@ -158,6 +159,7 @@ class _Step:
     """
 
     columns: Tensor
+    sizes: list[int]
     own: slice
     caption: Tensor
     caption_sum: Tensor
@@ -179,8 +181,8 @@ class _Step:
 
 
 def _gather_step(z: Tensor, labels: Tensor, temperature: float, queue: Queue | None) -> _Step:
-    own = _own_slice(len(z), z.device)
-    columns, all_labels = all_gather_rows(z), all_gather_rows(labels)
+    sizes = gather_sizes(len(z), z.device)
+    columns, all_labels = all_gather_rows(z, sizes), all_gather_rows(labels, sizes)
     num_anchors = len(columns)
     if queue is not None:
         columns = torch.cat([columns, queue.embeddings.to(columns.dtype)])
@@ -191,7 +193,8 @@ def _gather_step(z: Tensor, labels: Tensor, temperature: float, queue: Queue | N
     caption_sum = _sum_by(caption, columns, len(caption_size))
     return _Step(
         columns=columns,
-        own=own,
+        sizes=sizes,
+        own=_own_slice(sizes),
         caption=anchors,
         caption_sum=caption_sum,
         anchor_sum=caption_sum
@@ -215,7 +218,7 @@ class _MultiPositiveLoss(torch.autograd.Function):
             logs = log_sum_exp_by_rows(z, step.columns, 1 / temperature, own=own.start)
         positives = step.caption_sum[step.caption[own]].sub_(z)  # Z
         mean = positives.mul_(z).sum(dim=1) / step.num_positives[own].clamp(min=1) / temperature
-        ctx.step, ctx.all_logs = step, all_gather_rows(logs)
+        ctx.step, ctx.all_logs = step, all_gather_rows(logs, step.sizes)
         ctx.save_for_backward(z)
         has_positive = step.has_positive[own]  # a lonely anchor without any other column has l = −∞
         losses = torch.where(has_positive, logs - mean, 0.0)
@@ -299,6 +302,7 @@ class _Side:
 
     Attributes:
         columns: Normalised features.
+        sizes: How many of them each rank has.
         own: This rank's.
         caption: Index of each one's caption.
         caption_sum: Sum of this side's columns of each caption.
@@ -309,6 +313,7 @@ class _Side:
     """
 
     columns: Tensor
+    sizes: list[int]
     own: slice
     caption: Tensor
     caption_sum: Tensor
@@ -326,19 +331,21 @@ class _Side:
 
 
 def _gather_pairs(a: Tensor, b: Tensor, image_labels: Tensor, text_labels: Tensor) -> tuple[_Side, _Side]:
-    columns, owns = [all_gather_rows(side) for side in (a, b)], [_own_slice(len(s), s.device) for s in (a, b)]
-    labels = [all_gather_rows(side) for side in (image_labels, text_labels)]
+    sizes = [gather_sizes(len(side), side.device) for side in (a, b)]
+    columns = [all_gather_rows(*side) for side in zip((a, b), sizes, strict=True)]
+    labels = [all_gather_rows(*side) for side in zip((image_labels, text_labels), sizes, strict=True)]
     caption, caption_size = number_labels(torch.cat(labels))
     num_captions = len(caption_size)
     captions = caption.split([len(side) for side in labels])
-    sizes = [torch.zeros_like(caption_size).index_add_(0, side, torch.ones_like(side)) for side in captions]
+    counts = [torch.zeros_like(caption_size).index_add_(0, side, torch.ones_like(side)) for side in captions]
     images, texts = (
         _Side(
             columns=columns[side],
-            own=owns[side],
+            sizes=sizes[side],
+            own=_own_slice(sizes[side]),
             caption=captions[side],
             caption_sum=_sum_by(captions[side], columns[side], num_captions),
-            num_positives=sizes[1 - side][captions[side]],
+            num_positives=counts[1 - side][captions[side]],
         )
         for side in (0, 1)
     )
@@ -361,7 +368,7 @@ class _ImageTextLoss(torch.autograd.Function):
                 for own, other in zip((a, b), (step[1], step[0]), strict=True)
             ]
         ctx.save_for_backward(a, b, scale)
-        ctx.all_logs = [all_gather_rows(side) for side in logs]
+        ctx.all_logs = [all_gather_rows(own, side.sizes) for own, side in zip(logs, step, strict=True)]
         loss = a.new_zeros(())
         for z, side, other, side_logs in zip((a, b), step, step[::-1], logs, strict=True):
             own = side.own
@@ -449,9 +456,9 @@ def number_labels_without_waiting(labels: Tensor) -> tuple[Tensor, Tensor]:
     return numbers, torch.zeros_like(numbers).index_add_(0, numbers, torch.ones_like(numbers))
 
 
-def _own_slice(num_rows: int, device: torch.device) -> slice:
-    first = sum(gather_sizes(num_rows, device)[: rank()])
-    return slice(first, first + num_rows)
+def _own_slice(sizes: list[int]) -> slice:
+    first = sum(sizes[: rank()])
+    return slice(first, first + sizes[rank()])
 
 
 def _sum_by(index: Tensor, rows: Tensor, num_groups: int) -> Tensor:

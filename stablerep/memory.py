@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from stablerep.distributed import all_gather_rows
+from stablerep.distributed import all_gather_rows, gather_sizes
 from stablerep.losses import Queue, normalize_embeddings
 
 
@@ -62,8 +62,9 @@ class EmbeddingMemory(nn.Module):
             embeddings [N_local, D], labels [N_local]
         """
         size = len(self.labels)
-        rows = all_gather_rows(normalize_embeddings(embeddings.detach())).to(self.embeddings.dtype)
-        new_labels = all_gather_rows(labels)
+        sizes = gather_sizes(len(labels), labels.device)
+        rows = all_gather_rows(normalize_embeddings(embeddings), sizes).to(self.embeddings.dtype)
+        new_labels = all_gather_rows(labels, sizes)
         self.embeddings = torch.cat([rows, self.embeddings])[:size]
         self.labels = torch.cat([new_labels, self.labels])[:size]
         self._num_filled = min(size, len(self) + len(rows))

@@ -15,6 +15,8 @@ What is compared with StableRep goes through the same module, and so shares all 
 
 import copy
 import logging
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -37,7 +39,7 @@ from stablerep.micro_batches import run_in_parts
 from stablerep.optimizer import (
     PUBLISHED_OPTIMIZER,
     OptimizerConfig,
-    learning_rate_factor,
+    Schedule,
     split_by_decay,
     update_average,
 )
@@ -45,6 +47,8 @@ from stablerep.runs.finite import FiniteWatch
 from stablerep.text import ImageTextHead, TextConfig, Tokenizer, build_text_tower
 
 logger = logging.getLogger(__name__)
+
+_SCHEDULE_KEY = "stablerep_schedule"
 
 Objective = Literal["stablerep", "stablerep_plus", "simclr", "supcon", "clip"]
 Positives = Literal["caption", "image", "class"]
@@ -104,6 +108,9 @@ class StableRep(pl.LightningModule):
         positives: Positives = "caption",
     ) -> None:
         super().__init__()
+        # as a checkpoint holds them
+        text = TextConfig(**text) if isinstance(text, Mapping) else text
+        optimizer = OptimizerConfig(**optimizer) if isinstance(optimizer, Mapping) else optimizer
         if not temperature > 0:
             raise ValueError(f"temperature must be > 0, got {temperature}")
         if queue_size < 0:
@@ -142,6 +149,8 @@ class StableRep(pl.LightningModule):
         self.num_captions_per_microbatch = num_captions_per_microbatch
         self.num_captions_per_rank = num_captions_per_rank
         self.num_views_per_caption = num_views_per_caption
+        self.schedule = Schedule()
+        self._resumed_schedule: Schedule | None = None
         self.finite_watch = FiniteWatch()
         # The queue is the same on every rank as it is; DDP would send it from the first rank at each step.
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
@@ -169,11 +178,27 @@ class StableRep(pl.LightningModule):
         )
 
     def setup(self, stage: str) -> None:
-        """Synchronises BatchNorm over ranks where torch can: on accelerators."""
+        """Synchronises BatchNorm over ranks where torch can: on accelerators.
+
+        Raises:
+            ValueError: If BatchNorm would see one caption alone.
+        """
+        num_captions = self.num_captions_per_rank
         if distributed.world_size() > 1 and self.trainer.strategy.root_device.type == "cuda":
-            for name in ("projection_head", "text_head"):
-                if (head := getattr(self, name)) is not None:
-                    setattr(self, name, nn.SyncBatchNorm.convert_sync_batchnorm(head))
+            self.synchronize_batchnorm()
+            num_captions *= distributed.world_size()
+        heads = (self.projection_head, self.text_head)
+        if num_captions < 2 and any(_has_batchnorm(head) for head in heads if head is not None):
+            raise ValueError(
+                "num_captions_per_rank must be >= 2 where BatchNorm is over a rank's captions, "
+                f"got {self.num_captions_per_rank}; model.projection_norm layernorm needs no other captions"
+            )
+
+    def synchronize_batchnorm(self) -> None:
+        """Lets the heads' BatchNorm take its statistics over all ranks."""
+        for name in ("projection_head", "text_head"):
+            if (head := getattr(self, name)) is not None:
+                setattr(self, name, nn.SyncBatchNorm.convert_sync_batchnorm(head))
 
     def configure_model(self) -> None:
         """Splits the weights over the ranks, where the trainer's strategy is the sharded one."""
@@ -198,11 +223,10 @@ class StableRep(pl.LightningModule):
         """Loss of one batch (see `stablerep.data.stream`).
 
         Raises:
-            NonFiniteLossError: Before the optimizer steps on a CPU, a step later elsewhere; as each rank's
-                loss holds the embeddings of all ranks, they stop together.
+            NonFiniteLossError: On a CPU; elsewhere the backward comes first. As each rank's loss holds the
+                embeddings of all ranks, they stop together.
             ValueError: If a text tower finds no captions.
         """
-        self.finite_watch.settle()
         tokens = self._read_tokens(batch)  # on the host, while the device is still at the step before
         num_captions, num_views = batch["images"].shape[:2]
         features = self._run(self.backbone, batch["images"].flatten(0, 1), num_views)
@@ -212,14 +236,14 @@ class StableRep(pl.LightningModule):
             text_loss, embeddings = self._text_loss(features, tokens, batch["labels"])
             losses.append(text_loss)
         if self.projection_head is not None:
-            embeddings = self.projection_head.project_views(features).flatten(0, 1)  # [captions · views, D]
+            embeddings = self.projection_head(features).flatten(0, 1)  # [captions · views, D]
             losses.append(self._image_loss(embeddings, batch["labels"].repeat_interleave(num_views)))
         loss = torch.stack(losses).sum()
         self.finite_watch.watch("loss", loss, self.global_step, self._learning_rate())
-        if self.queue is not None:
-            self.queue.push(embeddings, batch["labels"].repeat_interleave(num_views))
         if self._is_log_step():
             self._log_step(batch, loss, embeddings.detach())
+        if self.queue is not None:
+            self.queue.push(embeddings, batch["labels"].repeat_interleave(num_views))
         return loss
 
     def _run(self, tower: nn.Module, rows: Tensor, num_rows_per_caption: int) -> Tensor:
@@ -233,12 +257,9 @@ class StableRep(pl.LightningModule):
         queue = None if self.queue is None else self.queue.read()
         result = multi_positive_contrastive_loss(embeddings, labels, self.temperature, queue)
         if self._is_log_step():
-            self.log("image_loss", result.loss.detach(), batch_size=len(labels))
-            self.log(
-                "anchors_without_positive",
-                result.num_anchors_without_positive.float(),
-                batch_size=len(labels),
-            )
+            num_lonely = result.num_anchors_without_positive.float()
+            self._log_mean("image_loss", result.loss)
+            self.log("anchors_without_positive", num_lonely, batch_size=1, sync_dist=True, reduce_fx="sum")
         return self.image_loss_weight * result.loss
 
     def _text_loss(self, features: Tensor, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -247,32 +268,32 @@ class StableRep(pl.LightningModule):
         assert self.text_head is not None
         result = self.text_head(features, self._run(self.text_tower, tokens, 1), labels)
         if self._is_log_step():
-            self.log("text_loss", result.loss.loss.detach(), batch_size=len(labels))
-            self.log("logit_scale", result.scale.detach(), batch_size=len(labels))
+            self._log_mean("text_loss", result.loss.loss)
+            self.log("logit_scale", result.scale.detach(), batch_size=1)
         return self.text_head.loss_weight * result.loss.loss, result.images
 
     def _read_tokens(self, batch: dict[str, Any]) -> Tensor | None:
-        """The captions' tokens on the device; the batch's own where a worker made them."""
+        """The captions' tokens on the device."""
         if self.text_tower is None:
             return None
-        tokens: Tensor | None = batch.get("tokens")
-        if tokens is None:
-            captions = batch.get("captions") or [""] * len(batch["labels"])
-            if num_empty := sum(not caption for caption in captions):
-                raise ValueError(
-                    f"model.text needs the caption of each image, {num_empty} of {len(captions)} have none"
-                )
-            tokens = self._tokenize(captions)
-            if self.device.type == "cuda":
-                tokens = tokens.pin_memory()
+        captions = batch.get("captions") or [""] * len(batch["labels"])
+        if num_empty := sum(not caption for caption in captions):
+            raise ValueError(
+                f"model.text needs the caption of each image, {num_empty} of {len(captions)} have none"
+            )
+        tokens = self._tokenize(captions)
+        if self.device.type == "cuda":
+            tokens = tokens.pin_memory()
         return tokens.to(self.device, non_blocking=True)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Looks at the gradient, which the ranks share by now, and cuts it where it is too long.
 
         Raises:
-            NonFiniteLossError: As for `training_step`. The scaler of fp16 skips such steps by itself.
+            NonFiniteLossError: If the step's loss is not finite, or a gradient: on a CPU this step's,
+                elsewhere that of the step before. The scaler of fp16 skips such steps by itself.
         """
+        self.finite_watch.settle()  # not earlier: an accelerator has this step's backward to do meanwhile
         parameters = [parameter for parameter in self.parameters() if parameter.grad is not None]
         norm = whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
         if getattr(self.trainer.precision_plugin, "scaler", None) is None:
@@ -280,7 +301,7 @@ class StableRep(pl.LightningModule):
         if (limit := self.optimizer_config.max_gradient_norm) is not None:
             nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         if self._is_log_step():
-            self.log("gradient_norm", norm, batch_size=self.num_captions_per_rank)
+            self.log("gradient_norm", norm, batch_size=1)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """The optimizer's step; then what follows from the new weights."""
@@ -295,17 +316,24 @@ class StableRep(pl.LightningModule):
         every = max(1, self.trainer.log_every_n_steps)  # type: ignore[attr-defined]
         return (self.global_step + 1) % every == 0
 
+    def _log_mean(self, name: str, loss: Tensor) -> None:
+        """A loss of the whole step, which is the mean over ranks."""
+        self.log(name, loss.detach(), batch_size=1, sync_dist=True)
+
     def _log_step(self, batch: dict[str, Any], loss: Tensor, embeddings: Tensor) -> None:
-        labels = distributed.all_gather_rows(batch["labels"].repeat_interleave(batch["images"].shape[1]))
+        self.finite_watch.settle()  # what follows has no answer for embeddings that are not finite
+        labels = batch["labels"].repeat_interleave(batch["images"].shape[1])
+        labels = distributed.all_gather_rows(labels, distributed.gather_sizes(len(labels), labels.device))
+        queue = None if self.queue is None else self.queue.read()
         values: dict[str, Any] = {
             "learning_rate": self._learning_rate(),
-            "positives_per_anchor": positives_per_anchor(labels),
+            "positives_per_anchor": positives_per_anchor(labels, None if queue is None else queue.labels),
             "embedding_std": embedding_std(embeddings),
             "rank_me": rank_me(embeddings),
             "captions_dropped": float(sum(batch.get("num_dropped", ()))),  # and replaced by others
         }
-        self.log("loss", loss.detach(), prog_bar=True, batch_size=len(batch["labels"]))
-        self.log_dict(values, batch_size=len(batch["labels"]))
+        self.log("loss", loss.detach(), prog_bar=True, batch_size=1, sync_dist=True)
+        self.log_dict(values, batch_size=1)
 
     def _learning_rate(self) -> float:
         return float(self.trainer.optimizers[0].param_groups[0]["lr"])
@@ -317,14 +345,21 @@ class StableRep(pl.LightningModule):
                 "trainer.accumulate_grad_batches must be 1, as the loss compares all images of a step, got "
                 f"{num_batches}; model.num_captions_per_microbatch saves memory instead"
             )
-        config, num_steps = self.optimizer_config, self._num_steps()
-        num_warmup_steps = config.count_warmup_steps(self._num_steps_per_epoch())
+        config = self.optimizer_config
+        num_steps, is_by_epochs = self._find_end()
+        num_steps_per_epoch = self._num_steps_per_epoch()
         num_ranks = distributed.world_size()
         num_images = self.num_captions_per_rank * num_ranks * self.num_views_per_caption
+        self.schedule = Schedule(
+            peak=config.peak_learning_rate(num_images),
+            num_warmup_steps=config.count_warmup_steps(num_steps_per_epoch),
+            num_steps=num_steps,
+            num_steps_per_epoch=num_steps_per_epoch if is_by_epochs else None,
+        )
         logger.info(
             "%s: %d captions x %d ranks x %d views = %d images a step; %d steps, warm-up %d, %d images seen",
             *(self.objective, self.num_captions_per_rank, num_ranks, self.num_views_per_caption, num_images),
-            *(num_steps, num_warmup_steps, num_steps * num_images),
+            *(num_steps, self.schedule.num_warmup_steps, num_steps * num_images),
         )
         logger.info("peak learning rate %s", config.explain_peak(num_images))
         decayed, others = split_by_decay(self.parameters())
@@ -334,29 +369,54 @@ class StableRep(pl.LightningModule):
                 {"params": decayed, "weight_decay": config.weight_decay},
                 {"params": others, "weight_decay": 0.0},
             ],
-            lr=config.peak_learning_rate(num_images),
+            lr=self.schedule.peak,
             betas=config.betas,
             # With a scaler, fused AdamW would unscale within the step, after the norm was taken.
             fused=self.trainer.strategy.root_device.type == "cuda" and not has_scaler,
         )
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: learning_rate_factor(step, num_warmup_steps, num_steps)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule.factor(step))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _num_steps(self) -> int:
-        """Optimizer steps of the run, from the config: the trainer's own estimate would build a loader."""
-        if self.trainer.max_steps > 0:
-            return self.trainer.max_steps
-        num_steps = self._num_steps_per_epoch()
-        if num_steps is None or not self.trainer.max_epochs or self.trainer.max_epochs < 0:
-            raise ValueError("trainer.max_steps or trainer.max_epochs must be set: the schedule ends there")
-        if self.trainer.limit_train_batches != 1.0:
+    def on_train_start(self) -> None:
+        """Goes on in the schedule where the data do, if a step or an epoch has another size than before."""
+        before, self._resumed_schedule = self._resumed_schedule, None
+        if before is None:
+            return
+        self.schedule = self.schedule.resume(before, self.global_step)
+        optimizer, scheduler = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler
+        scheduler.base_lrs = [self.schedule.peak for _ in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["initial_lr"] = self.schedule.peak
+            group["lr"] = self.schedule.peak * self.schedule.factor(scheduler.last_epoch)
+        if self.schedule != before:
+            logger.info(
+                "step %d stands at %d of the schedule's %d, learning rate %.4g",
+                *(self.global_step, self.global_step + self.schedule.num_skipped_steps),
+                *(self.schedule.num_steps, self._learning_rate()),
+            )
+
+    def _find_end(self) -> tuple[int, bool]:
+        """Optimizer steps of the run, and whether its epochs end it rather than `max_steps`.
+
+        From the config: the trainer's own estimate would build a loader.
+        """
+        max_steps, max_epochs = self.trainer.max_steps, self.trainer.max_epochs or -1
+        num_steps_per_epoch = self._num_steps_per_epoch()
+        if max_epochs < 0 or num_steps_per_epoch is None:
+            if max_steps < 0:
+                raise ValueError(
+                    "trainer.max_steps or trainer.max_epochs must be set: the schedule ends there"
+                )
+            return max_steps, False
+        num_steps = max_epochs * num_steps_per_epoch
+        if 0 <= max_steps < num_steps:
+            return max_steps, False
+        if max_steps < 0 and self.trainer.limit_train_batches != 1.0:
             raise ValueError(
                 "trainer.limit_train_batches needs trainer.max_steps, where the schedule ends, got "
                 f"{self.trainer.limit_train_batches}"
             )
-        return int(self.trainer.max_epochs * num_steps)
+        return num_steps, True
 
     def _num_steps_per_epoch(self) -> int | None:
         datamodule: Any = getattr(self.trainer, "datamodule", None)
@@ -388,6 +448,8 @@ class StableRep(pl.LightningModule):
                     f"model.optimizer.{name} is {before[name]} in checkpoint {self.trainer.ckpt_path}, whose "
                     f"optimizer goes on, and {now[name]} here"
                 )
+        if (schedule := checkpoint.get(_SCHEDULE_KEY)) is not None:
+            self._resumed_schedule = Schedule(**schedule)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what `load_backbone` reads.
@@ -397,6 +459,11 @@ class StableRep(pl.LightningModule):
         """
         self.finite_watch.settle()
         add_backbone_to_checkpoint(checkpoint, self.backbone)
+        checkpoint[_SCHEDULE_KEY] = asdict(self.schedule)
+
+
+def _has_batchnorm(head: nn.Module) -> bool:
+    return any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in head.modules())
 
 
 def find_objective(

@@ -8,7 +8,7 @@ The published run: 43 captions · 32 ranks · 6 views = 8256 images a step, 2e-4
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ class OptimizerConfig:
     ema_decay: float | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(self.betas))  # a checkpoint holds a list
         for name in ("base_learning_rate", "learning_rate", "max_gradient_norm"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"{name} must be > 0, got {value}")
@@ -95,12 +96,44 @@ class OptimizerConfig:
 PUBLISHED_OPTIMIZER = OptimizerConfig()
 
 
-def learning_rate_factor(step: int, num_warmup_steps: int, num_steps: int) -> float:
-    """Share of the peak at a step: (step + 1) / warm-up, then ½(1 + cos π t), 0 at num_steps."""
-    if step < num_warmup_steps:
-        return (step + 1) / num_warmup_steps
-    progress = (step - num_warmup_steps) / max(1, num_steps - num_warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate by step: linear to the peak, then ½(1 + cos π t), 0 at the end.
+
+    Attributes:
+        peak: Learning rate at the end of the warm-up.
+        num_warmup_steps: Steps of the warm-up.
+        num_steps: Steps of the run.
+        num_steps_per_epoch: Steps of one pass over the data, where the run ends with its epochs.
+        num_skipped_steps: What is added to the trainer's count of steps: a run that goes on with larger steps
+            stands where it would, had it made such steps from the beginning.
+    """
+
+    peak: float = 0.0
+    num_warmup_steps: int = 0
+    num_steps: int = 0
+    num_steps_per_epoch: int | None = None
+    num_skipped_steps: int = 0
+
+    def factor(self, step: int) -> float:
+        """Share of the peak at one of the trainer's steps."""
+        step += self.num_skipped_steps
+        if step < self.num_warmup_steps:
+            return (step + 1) / self.num_warmup_steps
+        progress = (step - self.num_warmup_steps) / max(1, self.num_steps - self.num_warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    def resume(self, before: "Schedule", step: int) -> "Schedule":
+        """This schedule for a run that was at `step` of another: at as many epochs, if both count epochs.
+
+        Args:
+            before: The schedule until then.
+            step: Steps that the trainer counts by now.
+        """
+        if self.num_steps_per_epoch is None or before.num_steps_per_epoch is None:
+            return replace(self, num_skipped_steps=before.num_skipped_steps)
+        position = (step + before.num_skipped_steps) * self.num_steps_per_epoch / before.num_steps_per_epoch
+        return replace(self, num_skipped_steps=round(position) - step)
 
 
 def split_by_decay(parameters: Iterable[nn.Parameter]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

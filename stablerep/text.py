@@ -28,7 +28,8 @@ class TextConfig:
 
     Attributes:
         loss_weight: w2, the weight of the image–text loss beside the image loss, > 0.
-        projection: "linear" maps both sides to one space by a matrix each, "mlp" by a `ProjectionHead` each.
+        projection: "linear" maps both sides to one space by a matrix each, "mlp" by a `ProjectionHead` each,
+            whose BatchNorm is per view, as published.
         out_features: Width of that space.
         hidden_features: Hidden width of the MLPs.
         width: Width of the transformer.
@@ -67,7 +68,7 @@ class TextConfig:
 
 
 class Tokenizer:
-    """Captions to open_clip's tokens; picklable, so that workers may tokenise.
+    """Captions to open_clip's tokens.
 
     Args:
         context_length: Tokens of a caption; shorter ones are filled up with 0, longer ones lose their end.
@@ -87,9 +88,6 @@ class Tokenizer:
             self._tokenize = _import_open_clip().tokenizer.SimpleTokenizer()
         tokens: Tensor = self._tokenize(captions, context_length=self.context_length)
         return tokens
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"context_length": self.context_length, "_tokenize": None}
 
 
 class ImageTextResult(NamedTuple):
@@ -159,11 +157,7 @@ class ImageTextHead(nn.Module):
             features [num_captions, num_views, D], text_features [num_captions, ...]
                 -> [num_captions · num_views, out_features], [num_captions, out_features]
         """
-        if isinstance(self.image_projection, ProjectionHead):
-            images = self.image_projection.project_views(features)
-        else:
-            images = self.image_projection(features)
-        return images.flatten(0, 1), self.text_projection(text_features)
+        return self.image_projection(features).flatten(0, 1), self.text_projection(text_features)
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:

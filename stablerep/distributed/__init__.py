@@ -1,7 +1,7 @@
 """Gathers over ranks, and what a rank has to say when it fails. Without a process group there is one rank.
 
-torch's own gathers with gradient are deprecated, so the one that the loss needs is written out here. Flags
-and small objects pass over the CPU: a reduction on the accelerator would make every step wait for its end.
+Flags, sizes and small objects pass over the CPU: a reduction on the accelerator would make every step wait
+for its end.
 """
 
 from datetime import timedelta
@@ -44,51 +44,23 @@ def gather_sizes(num_rows: int, device: torch.device) -> list[int]:
     return [int(size) for size in sizes]
 
 
-def _gather_rows(rows: Tensor, sizes: list[int]) -> Tensor:
-    """Concatenates the rows of all ranks; short ranks are padded for the collective, then cut."""
-    padded = rows.new_zeros(max(sizes), *rows.shape[1:])
-    padded[: rows.shape[0]] = rows
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
-
-
-class _GatherWithGradient(torch.autograd.Function):
-    """Forward: concatenate over ranks. Backward: sum the gradient over ranks and keep the own rows."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, sizes: list[int]) -> Tensor:
-        ctx.start = sum(sizes[: rank()])
-        ctx.num_rows = rows.shape[0]
-        return _gather_rows(rows, sizes)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        total = gradients[0].contiguous().clone()
-        dist.all_reduce(total)
-        return total[ctx.start : ctx.start + ctx.num_rows], None
-
-
-def all_gather_with_gradient(rows: Tensor) -> Tensor:
-    """Concatenates the rows of all ranks in rank order; the gradient flows back to every rank.
+def all_gather_rows(rows: Tensor, sizes: list[int]) -> Tensor:
+    """Concatenates the rows of all ranks in rank order, without a gradient.
 
     Args:
-        rows: This rank's rows; the number of rows may differ from rank to rank.
+        rows: This rank's; their number may differ from rank to rank.
+        sizes: What `gather_sizes` says of them: asked once, it serves all that have as many rows.
 
     Shapes:
-        rows [N_local, ...] -> [N, ...] with N = sum of N_local over ranks.
+        rows [N_local, ...] -> [N, ...] with N = Σ sizes
     """
     if not is_distributed():
         return rows
-    gathered: Tensor = _GatherWithGradient.apply(rows, gather_sizes(rows.shape[0], rows.device))
-    return gathered
-
-
-def all_gather_rows(rows: Tensor) -> Tensor:
-    """As `all_gather_with_gradient`, for what has no gradient: labels and counts."""
-    if not is_distributed():
-        return rows
-    return _gather_rows(rows.detach(), gather_sizes(rows.shape[0], rows.device))
+    padded = rows.new_zeros(max(sizes), *rows.shape[1:])  # as a collective wants equal parts
+    padded[: len(rows)] = rows.detach()
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
 def open_cpu_group(timeout: timedelta) -> None:

@@ -110,7 +110,7 @@ def test_batchnorm_statistics_are_per_view() -> None:
     features = torch.stack(
         [torch.randn(10, 4), 5 + 3 * torch.randn(10, 4)], dim=1
     )  # views differ in distribution
-    together = head.project_views(features)
+    together = head(features)
     for view in range(2):
         torch.testing.assert_close(together[:, view], head(features[:, view]))
     all_views = head(features.flatten(0, 1)).unflatten(0, (10, 2))
@@ -120,15 +120,13 @@ def test_batchnorm_statistics_are_per_view() -> None:
 def test_batchnorm_over_all_views_is_that_of_one_batch() -> None:
     head = ProjectionHead(4, 8, 3, norm="batchnorm_all_views")
     features = torch.randn(10, 2, 4)
-    torch.testing.assert_close(
-        head.project_views(features), head(features.flatten(0, 1)).unflatten(0, (10, 2))
-    )
+    torch.testing.assert_close(head(features), head(features.flatten(0, 1)).unflatten(0, (10, 2)))
 
 
 def test_layernorm_makes_embeddings_independent_of_the_batch() -> None:
     head = ProjectionHead(4, 8, 3, norm="layernorm")
     features = torch.randn(10, 2, 4)
-    torch.testing.assert_close(head.project_views(features)[3:5], head.project_views(features[3:5]))
+    torch.testing.assert_close(head(features)[3:5], head(features[3:5]))
 
 
 @pytest.mark.parametrize(

@@ -31,4 +31,8 @@ def test_spread_is_one_for_even_directions_and_zero_for_one() -> None:
 
 
 def test_positives_are_the_others_of_the_label() -> None:
-    assert float(positives_per_anchor(torch.tensor([1, 1, 1, 2, 2, 3]))) == pytest.approx((3 * 2 + 2 + 0) / 6)
+    labels = torch.tensor([1, 1, 1, 2, 2, 3])
+    assert float(positives_per_anchor(labels)) == pytest.approx((3 * 2 + 2 + 0) / 6)
+    assert float(positives_per_anchor(labels, torch.tensor([3, 3, 2, 9]))) == pytest.approx(
+        (6 + 2 + 2 + 2) / 6
+    )

@@ -3,6 +3,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from stablerep import flops
 from stablerep.flops import count_flops_per_caption, find_peak_flops, measure_peak_flops
 from stablerep.text import TextConfig
 from tests.stablerep.training import build_module
@@ -50,6 +51,25 @@ def test_counting_draws_no_random_numbers() -> None:
     before = torch.get_rng_state()
     count_flops_per_caption(module.hparams)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40", None),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA A100X", None),
+    ],
+)
+def test_peak_is_that_of_the_very_device(
+    name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(flops, "measure_peak_flops", lambda device, dtype: -1.0)
+    assert find_peak_flops(torch.device("cuda"), torch.bfloat16)[0] == (peak or -1.0)
 
 
 def test_peak_of_a_processor_is_measured() -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from stablerep.optimizer import OptimizerConfig, learning_rate_factor, split_by_decay, update_average
+from stablerep.optimizer import OptimizerConfig, Schedule, split_by_decay, update_average
 from tests.stablerep.training import build_module
 
 
@@ -20,11 +20,29 @@ def test_arithmetic_of_the_learning_rate_is_told() -> None:
 
 
 def test_schedule_is_linear_warm_up_then_cosine_to_zero() -> None:
-    factors = [learning_rate_factor(step, 4, 12) for step in range(13)]
+    schedule = Schedule(num_warmup_steps=4, num_steps=12)
+    factors = [schedule.factor(step) for step in range(13)]
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
     for step in range(4, 13):
         assert factors[step] == pytest.approx((1 + math.cos(math.pi * (step - 4) / 8)) / 2)
     assert factors[12] == pytest.approx(0)
+
+
+@pytest.mark.parametrize(("before", "now"), [(100, 50), (100, 200), (100, 100), (7, 3)])
+def test_schedule_of_a_resumed_run_stands_where_its_epochs_do(before: int, now: int) -> None:
+    first, second = (
+        Schedule(peak=1.0, num_warmup_steps=n, num_steps=10 * n, num_steps_per_epoch=n) for n in (before, now)
+    )
+    resumed = second.resume(first, 4 * before)
+    for epoch in range(6):
+        assert resumed.factor(4 * before + epoch * now) == pytest.approx(second.factor((4 + epoch) * now))
+    again = first.resume(resumed, 4 * before + 2 * now)  # and back
+    assert again.factor(4 * before + 2 * now) == pytest.approx(first.factor(6 * before))
+
+
+def test_schedule_that_counts_steps_goes_on_at_its_step() -> None:
+    first, second = Schedule(num_steps=20), Schedule(num_steps=20, peak=2.0)
+    assert second.resume(first, 5).factor(5) == first.factor(5)
 
 
 def test_warm_up_is_counted_in_steps_or_in_epochs() -> None:

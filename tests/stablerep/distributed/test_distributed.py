@@ -94,7 +94,7 @@ def test_one_process_is_rank_0_of_1() -> None:
     assert distributed.all_gather_objects("x") == ["x"]
     assert distributed.largest_on_any_rank(5) == 5
     rows = np.arange(6).reshape(3, 2)
-    assert distributed.all_gather_rows(rows) is rows  # type: ignore[arg-type]
+    assert distributed.all_gather_rows(rows, [3]) is rows  # type: ignore[arg-type]
     with pytest.raises(KeyError):
         distributed.raise_together(KeyError("own"))
     assert distributed.tell_failure(ValueError("alone")) == "rank 0: alone"
