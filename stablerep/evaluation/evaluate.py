@@ -13,23 +13,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stablerep import __version__
 from stablerep.backbones import load_backbone
 from stablerep.evaluation.features import (
-    FEATURE_NAME,
     ExtractionSettings,
     Features,
     extract_augmented_features,
     extract_features,
-    read_input_format,
 )
 from stablerep.evaluation.knn import knn_classify
-from stablerep.evaluation.labelled import LabelledImage, LabelledSet, read_labelled_set
 from stablerep.evaluation.linear import LabelledFeatures, LinearConfig, linear_probe
 from stablerep.evaluation.report import Score, build_table, write_report
+from stablerep.evaluation.sets import LabelledImage, LabelledSet, read_labelled_set
+from stablerep.loading.model import InputFormat, LoadedModel
 
+FEATURE_NAME = "backbone output (class token after the final norm)"
 LIBRARIES = ("torch", "torchvision", "timm", "pillow", "numpy")
 
 
@@ -110,17 +110,17 @@ def run(config: EvaluateConfig) -> int:
         OSError: If a file is missing or the output cannot be written.
     """
     start = time.perf_counter()
-    backbone = _load_backbone(config)
+    model = _load_model(config)
     dataset = read_labelled_set(config.data)
     _check_against_data(config, dataset)
     folder = _build_output_folder(config)
     settings = _extraction_settings(config)
 
-    features = _extract_splits(backbone, dataset, settings)
+    features = _extract_splits(model, dataset, settings)
     seconds = {"features": time.perf_counter() - start}
     scores: list[Score] = []
     if "linear" in config.protocols:
-        scores.extend(_score_linear(config, backbone, dataset, features, settings))
+        scores.extend(_score_linear(config, model, dataset, features, settings))
         seconds["linear"] = scores[-1].seconds
     if "knn" in config.protocols:
         scores.append(_score_knn(config, features, len(dataset.classes), settings.device))
@@ -130,16 +130,27 @@ def run(config: EvaluateConfig) -> int:
     weights = " (random initialisation)" if config.random_init else " (moving average)" if config.ema else ""
     what = f"{Path(config.checkpoint).name}{weights}"
     title = f"{what} on {Path(config.data).resolve().name}"
-    facts = _describe(config, backbone, dataset, features, seconds)
+    facts = _describe(config, model, dataset, features, seconds)
     write_report(folder, scores, features["test"].names, facts, title)
     print(f"{title}\n\n{build_table(scores)}\n\n{folder}")
     return 0
 
 
-def _load_backbone(config: EvaluateConfig) -> nn.Module:
+def _load_model(config: EvaluateConfig) -> LoadedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return load_backbone(config.checkpoint, random_init=config.random_init, ema=config.ema)
+        backbone: Any = load_backbone(config.checkpoint, random_init=config.random_init, ema=config.ema)
+    size = int(backbone.image_size)
+    resized = round(size * 256 / 224)
+    return LoadedModel(
+        name=config.checkpoint,
+        architecture=str(backbone.architecture),
+        kind="checkpoint",
+        backbone=backbone,
+        input_format=InputFormat(
+            size, tuple(backbone.mean), tuple(backbone.std), crop_fraction=size / resized
+        ),
+    )
 
 
 def _check_against_data(config: EvaluateConfig, dataset: LabelledSet) -> None:
@@ -198,25 +209,27 @@ def _find_device(name: str) -> torch.device:
 
 
 def _extract_splits(
-    backbone: nn.Module, dataset: LabelledSet, settings: ExtractionSettings
+    model: LoadedModel, dataset: LabelledSet, settings: ExtractionSettings
 ) -> dict[str, Features]:
-    splits = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
-    return {
-        name: extract_features(backbone, images, settings, description=f"{name} features")
-        for name, images in splits.items()
-        if images
-    }
+    features = {}
+    for name, images in dataset.splits.items():
+        found = extract_features(
+            model, images, dataset, settings, description=f"{name} features", feature_names=["cls"]
+        )
+        assert found is not None  # there is one rank
+        features[name] = found
+    return features
 
 
 def _score_linear(
     config: EvaluateConfig,
-    backbone: nn.Module,
+    model: LoadedModel,
     dataset: LabelledSet,
     features: dict[str, Features],
     settings: ExtractionSettings,
 ) -> list[Score]:
     start = time.perf_counter()
-    train_views = _build_train_views(config.linear, backbone, dataset.train, features["train"], settings)
+    train_views = _build_train_views(config.linear, model, dataset.train, features["train"], settings)
     results = linear_probe(
         train_views,
         features["train"].labels,
@@ -224,7 +237,7 @@ def _score_linear(
         config.linear,
         num_classes=len(dataset.classes),
         validation=_labelled(features["validation"]) if "validation" in features else None,
-        heldout_features=features["train"].values[0],
+        heldout_features=features["train"].values["cls"],
         seed=config.seed,
         device=settings.device,
     )
@@ -251,7 +264,7 @@ def _score_linear(
 
 def _build_train_views(
     config: LinearConfig,
-    backbone: nn.Module,
+    model: LoadedModel,
     images: tuple[LabelledImage, ...],
     expected: Features,
     settings: ExtractionSettings,
@@ -260,8 +273,9 @@ def _build_train_views(
 
     def extract(first_view: int, num_views: int, description: str) -> Tensor:
         views = extract_augmented_features(
-            backbone, images, settings, first_view=first_view, num_views=num_views, description=description
+            model, images, settings, first_view=first_view, num_views=num_views, description=description
         )
+        assert views is not None  # there is one rank
         if views.digest != expected.digest:
             raise ValueError("the training images have changed while they were being evaluated")
         return views.values
@@ -278,9 +292,9 @@ def _score_knn(
     start = time.perf_counter()
     train, test = features["train"], features["test"]
     predictions = knn_classify(
-        train.values[0].to(device),
+        train.values["cls"].to(device),
         train.labels.to(device),
-        test.values[0].to(device),
+        test.values["cls"].to(device),
         num_classes=num_classes,
         k=config.knn.k,
         temperature=config.knn.temperature,
@@ -296,24 +310,24 @@ def _score_knn(
 
 
 def _labelled(features: Features) -> LabelledFeatures:
-    return LabelledFeatures(features.values[0], features.labels)
+    return LabelledFeatures(features.values["cls"], features.labels)
 
 
 def _describe(
     config: EvaluateConfig,
-    backbone: nn.Module,
+    model: LoadedModel,
     dataset: LabelledSet,
     features: dict[str, Features],
     seconds: dict[str, float],
 ) -> dict[str, Any]:
     digests = "".join(f"{name}\t{split.digest}\n" for name, split in features.items())
-    image_format = read_input_format(backbone)
+    image_format = model.input_format
     size = image_format.image_size
     return {
         "checkpoint": {
             "path": config.checkpoint,
             "sha256": _sha256(Path(config.checkpoint)),
-            "architecture": backbone.architecture,
+            "architecture": model.architecture,
             "random_init": config.random_init,
             "ema": config.ema,
         },
@@ -323,11 +337,11 @@ def _describe(
             "classes": list(dataset.classes),
             "num_images": {name: len(split.names) for name, split in features.items()},
             "unreadable": [line for split in features.values() for line in split.unreadable],
-            "num_ignored_files": dataset.num_ignored_files,
+            "num_ignored_files": dict(dataset.num_ignored_files),
         },
         "feature": FEATURE_NAME,
         "transform": {
-            "evaluation": f"Resize({round(size * 256 / 224)}, bicubic), CenterCrop({size})",
+            "evaluation": f"Resize({image_format.resize_size}, bicubic), CenterCrop({size})",
             "training": f"RandomResizedCrop({size}, scale 0.08 to 1, bicubic), horizontal flip",
             "mean": list(image_format.mean),
             "std": list(image_format.std),

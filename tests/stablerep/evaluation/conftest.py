@@ -1,4 +1,4 @@
-"""Small labelled sets and a backbone that needs no training, all made in tmp_path."""
+"""Small labelled sets and a model that needs no training, all made in tmp_path."""
 
 import io
 import tarfile
@@ -9,30 +9,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
 
 from stablerep.evaluation.features import ExtractionSettings
+from tests.stablerep.evaluation.fake_model import FakeModel
 
 COLOURS = {"blue": (30, 60, 200), "green": (40, 180, 60), "red": (200, 40, 30)}
 
 
-class ColourBackbone(nn.Module):
-    """Features: mean and deviation of each channel in each quadrant; they tell colours apart."""
-
-    image_size = 16
-    mean = (0.5, 0.5, 0.5)
-    std = (0.25, 0.25, 0.25)
-    num_features = 24
-    architecture = "colour_statistics"
-
-    def forward(self, images: Tensor) -> Tensor:
-        quadrants = images.unflatten(3, (2, 8)).unflatten(2, (2, 8))
-        return torch.cat([quadrants.mean((3, 5)).flatten(1), quadrants.std((3, 5)).flatten(1)], dim=1)
-
-
 @pytest.fixture
-def backbone() -> nn.Module:
-    return ColourBackbone()
+def model() -> FakeModel:
+    return FakeModel()
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from stablerep.cli import main
 from stablerep.evaluation import evaluate
 from stablerep.evaluation.evaluate import EvaluateConfig, KnnConfig
 from stablerep.evaluation.linear import LinearConfig
+from stablerep.loading.model import LoadedModel
 
 WriteFolders = Callable[..., Path]
 QUICK = ["--linear.num_epochs=3", "--linear.num_views=2", "--knn.k=5", "--num_workers=0", "--device=cpu"]
@@ -110,9 +111,9 @@ def test_random_initialisation_is_seeded_and_not_the_checkpoint(
     weights = []
     original = evaluate._extract_splits
 
-    def spy(backbone: torch.nn.Module, *args: Any) -> Any:
-        weights.append(torch.cat([parameter.detach().flatten() for parameter in backbone.parameters()]))
-        return original(backbone, *args)
+    def spy(model: LoadedModel, *args: Any) -> Any:
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
+        return original(model, *args)
 
     monkeypatch.setattr(evaluate, "_extract_splits", spy)
     for seed, random_init in ((0, True), (0, True), (1, True), (0, False)):
@@ -145,9 +146,9 @@ def test_moving_average_is_probed_where_it_is_asked_for(
     probed = []
     original = evaluate._extract_splits
 
-    def spy(backbone: torch.nn.Module, *args: Any) -> Any:
-        probed.append(backbone.cls_token.detach().clone())  # type: ignore[operator]
-        return original(backbone, *args)
+    def spy(model: LoadedModel, *args: Any) -> Any:
+        probed.append(model.backbone.cls_token.detach().clone())  # type: ignore[operator]
+        return original(model, *args)
 
     monkeypatch.setattr(evaluate, "_extract_splits", spy)
     data = write_folders(train=4, test=2)

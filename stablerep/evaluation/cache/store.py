@@ -1,0 +1,386 @@
+"""Features from the cache, or computed and put there.
+
+cache = FeatureCache(Path(default_cache_folder()))
+fingerprints = fingerprint_set(dataset, cache.folder)          # on rank 0
+features = load_or_extract(model, dataset, "train", settings, cache, fingerprints["train"])
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import platform
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from stablerep import distributed
+from stablerep.evaluation.cache.files import (
+    SCHEMA_VERSION,
+    SUFFIX,
+    TEMPORARY_SUFFIX,
+    DamagedFileError,
+    digest_content,
+    verify_file,
+)
+from stablerep.evaluation.features import (
+    ExtractionSettings,
+    FeatureModel,
+    Features,
+    TextModel,
+    check_error_budget,
+    describe_eval_transform,
+    embed_texts,
+    extract_features,
+)
+from stablerep.evaluation.sets.labelled import LabelledSet
+
+logger = logging.getLogger(__name__)
+
+TEXT_FEATURE = "text"
+_LIBRARIES = ("torch", "torchvision", "pillow")
+_DTYPES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+}
+"""As safetensors names them."""
+
+
+class CacheableModel(FeatureModel, Protocol):
+    """A model that says what its weights are."""
+
+    @property
+    def name(self) -> str:
+        """What the user gave."""
+
+    @property
+    def digest(self) -> str:
+        """sha256 of its weights."""
+
+
+class CacheableTextModel(TextModel, Protocol):
+    """A model with a text tower that says what its weights are."""
+
+    @property
+    def name(self) -> str:
+        """What the user gave."""
+
+    @property
+    def digest(self) -> str:
+        """sha256 of its weights."""
+
+
+@dataclass(frozen=True)
+class FeatureKey:
+    """What the values of a file depend on.
+
+    Args:
+        weights: Digest of the model's weights.
+        data: Digest of the split's images, names and labels, or of the texts.
+        transform: What is done with an image before the model sees it; "" for texts.
+        feature: Name of the feature, or `text`.
+        precision: Arithmetic of the model.
+        storage: Type in which the values are kept.
+        schema_version: Of the file's content.
+    """
+
+    weights: str
+    data: str
+    transform: str
+    feature: str
+    precision: str
+    storage: str
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def digest(self) -> str:
+        """Of all of it, 64 hex digits."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+class FeatureCache:
+    """A folder of features. What cannot be kept is a warning, as is what is damaged.
+
+    Args:
+        folder: Where; made when the first file is written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, key: FeatureKey) -> Path:
+        """Where the values are, if they are there."""
+        return self.folder / f"{key.digest}{SUFFIX}"
+
+    def has(self, key: FeatureKey) -> bool:
+        """Whether there is a file; it is not verified."""
+        return self.path(key).is_file()
+
+    def load(self, key: FeatureKey) -> Features | None:
+        """The values of one feature; None where there is no sound file, or one of something else."""
+        path = self.path(key)
+        try:
+            header = verify_file(path)
+            if json.loads(header.metadata["key"]) != asdict(key):
+                raise DamagedFileError(f"{path} is of another key")
+            features = _read(path, key, header.metadata)
+        except FileNotFoundError:
+            return None
+        except (OSError, SafetensorError, DamagedFileError) as error:
+            logger.warning("%s: its features are computed anew", " ".join(str(error).split()))
+            return None
+        try:
+            os.utime(path)  # what was used last is pruned last
+        except OSError:
+            logger.debug("%s: its time of use cannot be noted", path)
+        return features
+
+    def save(self, key: FeatureKey, features: Features, description: Mapping[str, str]) -> None:
+        """Keeps the values of one feature.
+
+        The file appears whole or not at all: a full disk leaves what was there, and is a warning.
+
+        Args:
+            key: What they depend on.
+            features: The features, that of the key among them.
+            description: What people are told of the file: model, data, split.
+        """
+        path = self.path(key)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
+        try:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                _write(temporary, key, features, description)
+                _flush(temporary)
+                os.replace(temporary, path)
+                _flush(self.folder)
+            finally:
+                temporary.unlink(missing_ok=True)
+        except (OSError, SafetensorError) as error:
+            logger.warning("features are not kept in %s: %s", path, " ".join(str(error).split()))
+
+
+def _write(path: Path, key: FeatureKey, features: Features, description: Mapping[str, str]) -> None:
+    texts = {"names": features.names, "caption_ids": features.caption_ids, "captions": features.captions}
+    tensors = {
+        "values": features.values[key.feature].contiguous(),
+        "labels": features.labels.contiguous(),
+        "images": torch.frombuffer(bytearray(json.dumps(texts).encode()), dtype=torch.uint8),
+    }
+    metadata = {
+        "key": json.dumps(asdict(key), sort_keys=True),
+        **description,
+        "digest": features.digest,
+        "unreadable": json.dumps(features.unreadable),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "versions": json.dumps(
+            {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}}
+        ),
+    }
+    metadata["sha256"] = digest_content(
+        metadata,
+        (
+            (name, _DTYPES[tensor.dtype], tuple(tensor.shape), [_bytes_of(tensor)])
+            for name, tensor in tensors.items()
+        ),
+    )
+    save_file(tensors, path, metadata)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _read(path: Path, key: FeatureKey, metadata: Mapping[str, str]) -> Features:
+    with safe_open(path, framework="pt") as file:
+        texts = json.loads(bytes(file.get_tensor("images").numpy()))
+        return Features(
+            values={key.feature: file.get_tensor("values")},
+            labels=file.get_tensor("labels"),
+            **{name: tuple(entries) for name, entries in texts.items()},
+            digest=metadata["digest"],
+            unreadable=tuple(json.loads(metadata["unreadable"])),
+        )
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file's or a folder's content is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def build_keys(
+    model: CacheableModel,
+    settings: ExtractionSettings,
+    fingerprint: str,
+    feature_names: Sequence[str] | None = None,
+) -> dict[str, FeatureKey]:
+    """The keys of a split's features, by the features' names.
+
+    Args:
+        model: The model.
+        settings: How features are computed.
+        fingerprint: Of the split, from `fingerprint_set`.
+        feature_names: Those that are asked for; None asks for all that the model offers.
+    """
+    return {
+        name: FeatureKey(
+            weights=model.digest,
+            data=fingerprint,
+            transform=describe_eval_transform(model.input_format),
+            feature=name,
+            precision=settings.precision,
+            storage=settings.storage,
+        )
+        for name in (model.feature_names if feature_names is None else feature_names)
+    }
+
+
+def load_or_extract(
+    model: CacheableModel,
+    dataset: LabelledSet,
+    split: str,
+    settings: ExtractionSettings,
+    cache: FeatureCache | None,
+    fingerprint: str,
+    *,
+    feature_names: Sequence[str] | None = None,
+) -> Features | None:
+    """Features of a split, those that the cache has from there. With ranks, each of them calls it.
+
+    Args:
+        model: The model.
+        dataset: The set.
+        split: Name of the split.
+        settings: How to compute.
+        cache: Where features are kept; None keeps none. Rank 0's is used.
+        fingerprint: Of the split, from `fingerprint_set`, on rank 0; not read without a cache.
+        feature_names: Those of the model's features that are asked for; None asks for all.
+
+    Returns:
+        The features on rank 0, None on the others.
+
+    Raises:
+        ValueError: As `extract_features`; the error budget holds for cached features too.
+    """
+    images = dataset.splits[split]
+    asked = tuple(model.feature_names if feature_names is None else feature_names)
+    found: dict[str, Features] = {}
+    if cache is not None and distributed.rank() == 0:
+        keys = build_keys(model, settings, fingerprint, asked)
+        found = {name: kept for name, key in keys.items() if (kept := cache.load(key)) is not None}
+    missing: list[str] = distributed.all_gather_objects([name for name in asked if name not in found])[0]
+    extracted = None
+    if missing:
+        extracted = _extract(model, dataset, split, settings, cache, missing)
+        # An image that could not be read then and can now: all features have to be of the same images.
+        others = [] if extracted is None else [n for n, f in found.items() if f.names != extracted.names]
+        others = distributed.all_gather_objects(others)[0]
+        if others:
+            extracted = _extract(model, dataset, split, settings, cache, list(asked))
+            found = {}
+    if distributed.rank() == 0:
+        parts = [*found.values(), *([] if extracted is None else [extracted])]
+        values = {name: value for part in parts for name, value in part.values.items()}
+        features = dataclasses.replace(parts[-1], values={name: values[name] for name in asked})
+    error = None
+    if distributed.rank() == 0 and not missing:
+        try:
+            check_error_budget(features.unreadable, len(images), settings.error_budget_fraction, split)
+        except ValueError as caught:
+            error = caught
+    distributed.raise_together(error)
+    return features if distributed.rank() == 0 else None
+
+
+def _extract(
+    model: CacheableModel,
+    dataset: LabelledSet,
+    split: str,
+    settings: ExtractionSettings,
+    cache: FeatureCache | None,
+    names: Sequence[str],
+) -> Features | None:
+    """Computes features and keeps them under what was read, should that have changed since it was hashed."""
+    features = extract_features(
+        model,
+        dataset.splits[split],
+        dataset,
+        settings,
+        description=f"{split} features",
+        feature_names=names,
+    )
+    if features is not None and cache is not None:
+        description = {"model": model.name, "data": dataset.name, "split": split}
+        for key in build_keys(model, settings, features.digest, names).values():
+            cache.save(key, features, description)
+    return features
+
+
+def load_or_embed_texts(
+    model: CacheableTextModel,
+    texts: Sequence[str],
+    settings: ExtractionSettings,
+    cache: FeatureCache | None,
+    *,
+    description: str,
+) -> Tensor | None:
+    """Text embeddings, from the cache if it has them. With ranks, each of them calls it.
+
+    Args:
+        model: A model with a text tower.
+        texts: Captions or prompts, at least one.
+        settings: How to compute.
+        cache: Where they are kept; None keeps none. Rank 0's is used.
+        description: What messages and the cache's list call them.
+
+    Shapes:
+        -> [len(texts), E], in the storage type
+
+    Returns:
+        The embeddings on rank 0, None on the others.
+
+    Raises:
+        ValueError: As `embed_texts`.
+    """
+    digest = hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
+    key = FeatureKey(model.digest, digest, "", TEXT_FEATURE, settings.precision, settings.storage)
+    found = cache.load(key) if cache is not None and distributed.rank() == 0 else None
+    is_found: bool = distributed.all_gather_objects(found is not None)[0]
+    if is_found:
+        return None if found is None else found.values[TEXT_FEATURE]
+    values = embed_texts(model, texts, settings, description=description)
+    if values is not None and cache is not None:
+        features = _as_features(values, texts, digest)
+        cache.save(key, features, {"model": model.name, "data": description, "split": ""})
+    return values
+
+
+def _as_features(values: Tensor, texts: Sequence[str], digest: str) -> Features:
+    empty: Any = ("",) * len(texts)
+    return Features(
+        values={TEXT_FEATURE: values},
+        labels=torch.arange(len(texts)),
+        names=tuple(texts),
+        caption_ids=empty,
+        captions=empty,
+        digest=digest,
+        unreadable=(),
+    )
