@@ -233,6 +233,50 @@ def test_sampling_equals_scipy() -> None:
         np.testing.assert_allclose(sampled[0].numpy(), oracle, atol=1e-4)
 
 
+@pytest.mark.parametrize("level", [0, 1, 2, 4])
+def test_elastic_transform_equals_its_steps_in_scipy(level: int) -> None:
+    strength, smoothing, shift = (
+        np.array([(2, 0.7, 0.1), (2, 0.08, 0.2), (0.05, 0.01, 0.02), (), (0.12, 0.01, 0.02)][level]) * 244
+    )
+    x = draw_image(5, 64, 48).float() / 255
+    ours = corruptions._elastic_transform(x, level, np.random.default_rng(7))
+    random = np.random.default_rng(7)
+    corners = np.array([24, 32]) + 16 * np.array([[1, 1], [1, -1], [-1, -1]])  # (x, y) around the centre
+    moved = corners + random.uniform(-shift, shift, (3, 2))
+    # With row vectors, (corner, 1) · forward = moved.
+    forward = np.linalg.inv(np.column_stack([corners, np.ones(3)])) @ moved
+    linear = np.linalg.inv(forward[:2].T)[::-1, ::-1]  # to rows before columns
+    offset = -linear @ forward[2, ::-1]
+    noise = random.uniform(-1, 1, (2, 64, 48))
+    shift_x, shift_y = (
+        strength * scipy.ndimage.gaussian_filter(n, smoothing, mode="reflect", truncate=3) for n in noise
+    )
+    rows, columns = np.mgrid[:64, :48]
+    for channel, result in zip(x.numpy(), ours.numpy(), strict=True):
+        turned = scipy.ndimage.affine_transform(channel, linear, offset, order=1, mode="mirror")
+        places = [rows + shift_y, columns + shift_x]
+        oracle = scipy.ndimage.map_coordinates(turned, places, order=1, mode="reflect")
+        np.testing.assert_allclose(result, oracle, atol=1e-3)
+
+
+def test_snow_equals_its_steps_in_scipy() -> None:
+    x = draw_image(6).float() / 255
+    ours = corruptions._snow(x, 2, np.random.default_rng(7))
+    random = np.random.default_rng(7)
+    flakes = 0.55 + 0.3 * random.standard_normal((64, 64), dtype=np.float32)
+    flakes = scipy.ndimage.zoom(flakes[24:40, 24:40], 4, order=1)  # the middle quarter, ⌈64 / 4⌉ = 16
+    flakes = np.where(flakes < 0.9, 0, flakes.clip(0, 1))
+    angle = np.radians(random.uniform(-135, -45))
+    weights = np.exp(-0.5 * (np.arange(25) / 8) ** 2)
+    blurred = np.zeros((64, 64))
+    for step, weight in enumerate(weights / weights.sum()):
+        places = -np.round([step * np.sin(angle), step * np.cos(angle)])
+        blurred += weight * scipy.ndimage.shift(flakes, places, order=0, mode="nearest")
+    grey_values = np.tensordot([0.299, 0.587, 0.114], x.numpy(), axes=1)
+    whitened = 0.7 * x.numpy() + 0.3 * np.maximum(x.numpy(), 1.5 * grey_values + 0.5)
+    np.testing.assert_allclose(ours.numpy(), whitened + blurred + np.rot90(blurred, 2), atol=1e-5)
+
+
 @pytest.mark.parametrize("distance", [1, 4])
 def test_glass_copies_pixels_one_after_the_other(distance: int) -> None:
     random = np.random.default_rng(distance)
