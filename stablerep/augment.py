@@ -4,8 +4,8 @@
     worker or device   ColorJitter -> grayscale -> Gaussian blur -> normalisation `augment_batch`
 
 What is random is drawn before a pixel is there, from a generator of the caption's own: a view depends on
-(seed, epoch, caption), never on ranks, workers or batch mates. Each operation equals torchvision's on equal
-parameters; here the parameters differ from image to image of one batch.
+(seed, pass over its dataset, caption), never on ranks, workers or batch mates. Each operation equals
+torchvision's on equal parameters; here the parameters differ from image to image of one batch.
 """
 
 import math
@@ -22,7 +22,7 @@ from torch import Tensor
 _NUM_CROP_TRIALS = 10
 _LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601-2, torchvision's rounding
 _NUM_OPERATIONS = 4
-_NEGLIGIBLE_WEIGHT = 1e-6  # of a blur's tap, against the middle one's
+_NEGLIGIBLE_WEIGHT = 1e-6  # of a blur's tap, where all together have 1
 
 
 @dataclass(frozen=True)
@@ -241,10 +241,10 @@ def _augment_one(
         if index >= 0 and strengths[index] > 0:
             x = _OPERATIONS[index](x, factors[index])
     if colours.is_gray:
-        x = to_grayscale(x)
+        x = _luma(x)  # one channel for all three
     if (sigma := float(colours.sigma)) > 0:
         x = gaussian_blur(x, torch.tensor([sigma]), config.blur_kernel_size)
-    for channel, (plane, center, scale) in enumerate(zip(x[0], mean, std, strict=True)):
+    for channel, (plane, center, scale) in enumerate(zip(x[0].expand(3, -1, -1), mean, std, strict=True)):
         torch.add(-center / scale, plane, alpha=1 / scale, out=out[channel])
 
 
@@ -300,12 +300,6 @@ def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     return (images - images.new_tensor(mean).view(shape)).div_(images.new_tensor(std).view(shape))
 
 
-def _blend_(x: Tensor, other: Tensor, factor: Tensor) -> Tensor:
-    """factor · x + (1 − factor) · other, clamped to [0, 1], in place of x."""
-    f = factor.view(-1, 1, 1, 1)
-    return x.mul_(f).add_(other.mul_(1 - f)).clamp_(0, 1)
-
-
 def _luma(x: Tensor) -> Tensor:
     red, green, blue = x.split(1, dim=1)
     return (red * _LUMA[0]).add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2])
@@ -336,7 +330,8 @@ def adjust_contrast_(x: Tensor, factor: Tensor) -> Tensor:
         x [N, 3, H, W] in [0, 1], factor [N] -> [N, 3, H, W]
     """
     mean = _luma(x.mean(dim=(2, 3), keepdim=True))  # the mean of the luma is the luma of the means
-    return _blend_(x, mean, factor)
+    f = factor.view(-1, 1, 1, 1)
+    return x.mul_(f).add_(mean.mul_(1 - f)).clamp_(0, 1)
 
 
 def adjust_saturation_(x: Tensor, factor: Tensor) -> Tensor:
@@ -345,25 +340,37 @@ def adjust_saturation_(x: Tensor, factor: Tensor) -> Tensor:
     Shapes:
         x [N, 3, H, W] in [0, 1], factor [N] -> [N, 3, H, W]
     """
-    return _blend_(x, _luma(x), factor)
+    luma = _luma(x)
+    f = factor.view(-1, 1, 1, 1)
+    return x.mul_(f).add_(luma.mul_(1 - f)).clamp_(0, 1)
 
 
 def adjust_hue_(x: Tensor, shift: Tensor) -> Tensor:
     """Turns the hue by `shift` of the colour circle, value and saturation kept.
 
-    With value v, chroma c and hue h in [0, 1), a channel is v − c · clamp(6d − 1, 0, 1), where d is the
-    distance on the circle of h from the channel's own hue, 0, ⅓ or ⅔: no six-way choice. With
-    k(a) = clamp(|h − a|, ⅙, ⅓) that is v + c − 6c · k(⅓) for green, v + c − 6c · k(⅔) for blue and
-    v − 2c + 6c · k(½) for red. The hue itself is |K + (middle − low) / 6c|, with K of the sector.
-
     Shapes:
         x [N, 3, H, W] in [0, 1], shift [N] in [-0.5, 0.5] -> [N, 3, H, W]
+    """
+    if x.device.type != "cpu":
+        return _turn_hues_(x, shift)
+    for image, value in zip(x, shift.tolist(), strict=True):
+        _turn_hue_(image, value)
+    return x
+
+
+def _turn_hues_(x: Tensor, shift: Tensor) -> Tensor:
+    """Each image by a shift of its own, without a choice among the six sectors.
+
+    With value v, chroma c and hue h in [0, 1), a channel is v − c · clamp(6d − 1, 0, 1), where d is the
+    distance on the circle of h from the channel's own hue, 0, ⅓ or ⅔. With k(a) = clamp(|h − a|, ⅙, ⅓) that
+    is v + c − 6c · k(⅓) for green, v + c − 6c · k(⅔) for blue and v − 2c + 6c · k(½) for red. The hue itself
+    is |K + (middle − low) / 6c|, with K of the sector.
     """
     red, green, blue = x.unbind(dim=1)  # [N, H, W] each
     high, low = torch.maximum(green, blue), torch.minimum(green, blue)
     value, middle = torch.maximum(red, high), torch.minimum(red, high)
     chroma = value - torch.minimum(middle, low)
-    is_blue_side = (blue - green).sign_().clamp_(min=0)  # 0 or 1: comparisons are slower than arithmetic
+    is_blue_side = (blue - green).sign_().clamp_(min=0)
     is_red_less = (high - red).sign_().clamp_(min=0)
     sector = (is_blue_side * 2).sub_(1 / 3).mul_(is_red_less).sub_(is_blue_side)
     inverse = chroma.clamp(min=torch.finfo(x.dtype).tiny).reciprocal_()  # of grey, times a difference of 0
@@ -379,6 +386,32 @@ def adjust_hue_(x: Tensor, shift: Tensor) -> Tensor:
     return x
 
 
+def _turn_hue_(image: Tensor, shift: float) -> None:
+    """One image [3, H, W], by a shift that all its pixels share: no hue is ever computed.
+
+    Less the lowest channel and over the chroma, the channels are waves of the hue's place p in [-3, 3) on the
+    border of the colour hexagon: R(p) = clamp(2 − |p|, 0, 1), G(p) = R(p − 2), B(p) = R(p + 2). From this
+
+        R(p + t) = clamp(R − G + (1 − t if G > B else t), 0, 1)    for t in [0, 1], else swapped as below
+
+    and so on for G and B in turn. A step of 2 on the border is a permutation of the channels, and a step back
+    is one forth with G and B exchanged.
+    """
+    num_permutations = round(3 * shift)
+    step = 6 * shift - 2 * num_permutations  # in [-1, 1]
+    order = (0, 1, 2) if step >= 0 else (0, 2, 1)
+    channels = image.unbind(0)
+    first, second, third = (channels[index] for index in order)
+    low = torch.minimum(first, second).clamp_(max=third)
+    value = torch.maximum(first, second).clamp_(min=third)
+    differences = (first - second, second - third, third - first)
+    half = torch.sub(value, low).mul_(0.5 - abs(step))  # times 1 or −1, and from the middle: the choice above
+    middle = torch.lerp(low, value, 0.5)
+    for place, index in enumerate(order):
+        moved = torch.addcmul(middle, half, differences[(place + 1) % 3].sign()).add_(differences[place])
+        torch.clamp(moved, low, value, out=channels[(index + num_permutations) % 3])
+
+
 def gaussian_blur(x: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
     """Separable Gaussian blur with a sigma of its own for each image, reflecting at the border.
 
@@ -388,7 +421,7 @@ def gaussian_blur(x: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
         kernel_size: Width of the kernel, pixels, odd, at most 2 · min(H, W) − 1.
 
     Shapes:
-        x [N, 3, H, W], sigma [N] -> [N, 3, H, W]
+        x [N, C, H, W], sigma [N] -> [N, C, H, W]
     """
     height, width = x.shape[2:]
     radius = kernel_size // 2

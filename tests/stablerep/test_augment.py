@@ -40,6 +40,8 @@ def images() -> torch.Tensor:
         (adjust_contrast_, oracle.adjust_contrast, [0.0, 0.6, 0.9, 1.0, 1.2, 1.4]),
         (adjust_saturation_, oracle.adjust_saturation, [0.0, 0.6, 0.9, 1.0, 1.2, 1.4]),
         (adjust_hue_, oracle.adjust_hue, [-0.5, -0.1, 0.0, 0.05, 0.1, 0.5]),
+        (adjust_hue_, oracle.adjust_hue, [-0.4, -1 / 6, 1 / 6, 0.2, 1 / 3, 0.49]),
+        (augment._turn_hues_, oracle.adjust_hue, [-0.5, -0.1, 0.0, 0.05, 0.1, 0.5]),  # as on a device
     ],
 )
 def test_colour_operation_equals_torchvision_image_by_image(ours, theirs, factors, images) -> None:  # type: ignore[no-untyped-def]
@@ -50,6 +52,15 @@ def test_colour_operation_equals_torchvision_image_by_image(ours, theirs, factor
 def test_hue_of_gray_pixels_is_left_alone() -> None:
     gray = torch.full((1, 3, 2, 2), 0.3)
     torch.testing.assert_close(adjust_hue_(gray.clone(), torch.tensor([0.4])), gray)
+
+
+def test_hue_of_pixels_on_a_border_between_sectors_equals_torchvisions() -> None:
+    levels = torch.tensor([0.0, 0.25, 1.0])
+    pixels = torch.cartesian_prod(levels, levels, levels).T.reshape(3, 3, 9)  # two channels equal, or three
+    for shift in (-0.5, -0.1, 0.0, 0.1, 0.5):
+        expected = oracle.adjust_hue(pixels, shift)
+        found = adjust_hue_(pixels[None].clone(), torch.tensor([shift]))[0]
+        torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
 
 
 def test_grayscale_equals_torchvision(images: torch.Tensor) -> None:
