@@ -113,6 +113,28 @@ class Features:
     digest: str
     unreadable: tuple[str, ...]
 
+    @property
+    def caption_labels(self) -> Tensor:
+        """Numbers of the captions, in the order of their first images: int64 [N]."""
+        numbers: dict[str, int] = {}
+        return torch.tensor([numbers.setdefault(key, len(numbers)) for key in self.caption_ids])
+
+
+@dataclass(frozen=True)
+class ImageChange:
+    """What is done with an image after the crop and before the normalisation, such as a corruption.
+
+    Args:
+        name: All that the outcome depends on, in words: it is a part of the transform, and of a cache's key.
+        apply: From an image and its name to the image that the model sees; workers call it.
+
+    Shapes:
+        apply: uint8 [3, S, S] -> uint8 [3, S, S]
+    """
+
+    name: str
+    apply: Callable[[Tensor, str], Tensor]
+
 
 @dataclass(frozen=True)
 class ViewFeatures:
@@ -188,11 +210,12 @@ def build_train_transform(image_size: int) -> v2.Transform:
     )
 
 
-def describe_eval_transform(input_format: InputFormat) -> str:
+def describe_eval_transform(input_format: InputFormat, change: ImageChange | None = None) -> str:
     """The evaluation transform in words, the same for equal transforms."""
     return (
         f"Resize({input_format.resize_size}, {input_format.interpolation}), "
-        f"CenterCrop({input_format.image_size}), mean {list(input_format.mean)}, std {list(input_format.std)}"
+        f"CenterCrop({input_format.image_size}), {f'{change.name}, ' if change else ''}"
+        f"mean {list(input_format.mean)}, std {list(input_format.std)}"
     )
 
 
@@ -204,6 +227,7 @@ def extract_features(
     *,
     description: str,
     feature_names: Sequence[str] | None = None,
+    change: ImageChange | None = None,
 ) -> Features | None:
     """Features under the evaluation transform. With ranks, each of them calls it.
 
@@ -214,6 +238,7 @@ def extract_features(
         settings: How to compute.
         description: What the progress bar and messages call it.
         feature_names: Those of the model's features that are kept; None keeps all.
+        change: What else is done with each image.
 
     Returns:
         The features on rank 0, None on the others.
@@ -235,7 +260,7 @@ def extract_features(
         found = model.extract(pixels)
         return {name: found[name] for name in names}
 
-    views = _ViewDataset(images, transform, seeds=None)
+    views = _ViewDataset(images, transform, seeds=None, change=change)
     found = _extract(compute, image_format, views, settings, description)
     if found is None:
         return None
@@ -381,11 +406,16 @@ def _collate(items: list[_Views]) -> _Batch:
 
 class _ViewDataset(Dataset[_Views]):
     def __init__(
-        self, images: Sequence[LabelledImage], transform: v2.Transform, seeds: list[str] | None
+        self,
+        images: Sequence[LabelledImage],
+        transform: v2.Transform,
+        seeds: list[str] | None,
+        change: ImageChange | None = None,
     ) -> None:
         self.images = images
         self.transform = transform
         self.seeds = seeds
+        self.change = change
 
     @property
     def num_views(self) -> int:
@@ -406,7 +436,8 @@ class _ViewDataset(Dataset[_Views]):
         except ValueError as error:
             return _Views(index, None, sha256, str(error))
         if self.seeds is None:
-            views = self.transform(decoded)[None]
+            view = self.transform(decoded)
+            views = (view if self.change is None else self.change.apply(view, image.name))[None]
         else:
             with torch.random.fork_rng(devices=[]):
                 views = torch.stack([self._draw(decoded, f"{seed}/{image.name}") for seed in self.seeds])

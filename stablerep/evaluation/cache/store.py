@@ -37,6 +37,7 @@ from stablerep.evaluation.features import (
     ExtractionSettings,
     FeatureModel,
     Features,
+    ImageChange,
     TextModel,
     check_error_budget,
     describe_eval_transform,
@@ -231,6 +232,7 @@ def build_keys(
     settings: ExtractionSettings,
     fingerprint: str,
     feature_names: Sequence[str] | None = None,
+    change: ImageChange | None = None,
 ) -> dict[str, FeatureKey]:
     """The keys of a split's features, by the features' names.
 
@@ -239,12 +241,13 @@ def build_keys(
         settings: How features are computed.
         fingerprint: Of the split, from `fingerprint_set`.
         feature_names: Those that are asked for; None asks for all that the model offers.
+        change: What else is done with each image.
     """
     return {
         name: FeatureKey(
             weights=model.digest,
             data=fingerprint,
-            transform=describe_eval_transform(model.input_format),
+            transform=describe_eval_transform(model.input_format, change),
             feature=name,
             precision=settings.precision,
             storage=settings.storage,
@@ -262,6 +265,7 @@ def load_or_extract(
     fingerprint: str,
     *,
     feature_names: Sequence[str] | None = None,
+    change: ImageChange | None = None,
 ) -> Features | None:
     """Features of a split, those that the cache has from there. With ranks, each of them calls it.
 
@@ -273,6 +277,7 @@ def load_or_extract(
         cache: Where features are kept; None keeps none. Rank 0's is used.
         fingerprint: Of the split, from `fingerprint_set`, on rank 0; not read without a cache.
         feature_names: Those of the model's features that are asked for; None asks for all.
+        change: What else is done with each image.
 
     Returns:
         The features on rank 0, None on the others.
@@ -284,17 +289,17 @@ def load_or_extract(
     asked = tuple(model.feature_names if feature_names is None else feature_names)
     found: dict[str, Features] = {}
     if cache is not None and distributed.rank() == 0:
-        keys = build_keys(model, settings, fingerprint, asked)
+        keys = build_keys(model, settings, fingerprint, asked, change)
         found = {name: kept for name, key in keys.items() if (kept := cache.load(key)) is not None}
     missing: list[str] = distributed.all_gather_objects([name for name in asked if name not in found])[0]
     extracted = None
     if missing:
-        extracted = _extract(model, dataset, split, settings, cache, missing)
+        extracted = _extract(model, dataset, split, settings, cache, missing, change)
         # An image that could not be read then and can now: all features have to be of the same images.
         others = [] if extracted is None else [n for n, f in found.items() if f.names != extracted.names]
         others = distributed.all_gather_objects(others)[0]
         if others:
-            extracted = _extract(model, dataset, split, settings, cache, list(asked))
+            extracted = _extract(model, dataset, split, settings, cache, asked, change)
             found = {}
     if distributed.rank() == 0:
         parts = [*found.values(), *([] if extracted is None else [extracted])]
@@ -317,6 +322,7 @@ def _extract(
     settings: ExtractionSettings,
     cache: FeatureCache | None,
     names: Sequence[str],
+    change: ImageChange | None,
 ) -> Features | None:
     """Computes features and keeps them under what was read, should that have changed since it was hashed."""
     features = extract_features(
@@ -326,10 +332,11 @@ def _extract(
         settings,
         description=f"{split} features",
         feature_names=names,
+        change=change,
     )
     if features is not None and cache is not None:
         description = {"model": model.name, "data": dataset.name, "split": split}
-        for key in build_keys(model, settings, features.digest, names).values():
+        for key in build_keys(model, settings, features.digest, names, change).values():
             cache.save(key, features, description)
     return features
 

@@ -65,7 +65,7 @@ class _Split:
 
     @property
     def is_hidden(self) -> bool:
-        return all(value in _HIDDEN for value in self.values)
+        return bool(self.values) and all(value in _HIDDEN for value in self.values)
 
 
 def read_hugging_face_set(
@@ -188,7 +188,7 @@ def _read_labels(
     name: str, splits: Mapping[str, _Split], column: str
 ) -> tuple[Targets, tuple[str, ...], dict[str, list[tuple[int, ...]]]]:
     feature = splits["train"].table.features[column]
-    is_multilabel = isinstance(splits["train"].values[0], list)
+    is_multilabel = hasattr(feature, "feature")  # a list of what it says
     for split in splits.values():
         for row, value in enumerate(split.values):
             if value in _HIDDEN or (is_multilabel and not set(_HIDDEN).isdisjoint(value)):

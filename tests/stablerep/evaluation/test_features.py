@@ -21,6 +21,7 @@ from stablerep.evaluation.features import (
     ExtractionSettings,
     FeatureModel,
     Features,
+    ImageChange,
     ViewFeatures,
     build_eval_transform,
     describe_eval_transform,
@@ -301,6 +302,35 @@ def test_transforms_are_described_apart() -> None:
         InputFormat(32, (0.5,) * 3, (0.25,) * 3),
     ]
     assert len({describe_eval_transform(image_format) for image_format in formats}) == len(formats)
+
+
+def invert(image: Tensor, name: str) -> Tensor:
+    """Upside down in brightness, but for one image."""
+    return image if name == "train/blue/001.png" else 255 - image
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_change_is_made_to_what_the_model_sees(
+    model: FakeModel, images: Images, settings: ExtractionSettings, num_workers: int
+) -> None:
+    settings = dataclasses.replace(settings, num_workers=num_workers)
+    plain = extract(model, images, settings)
+    changed = extract(model, images, settings, change=ImageChange("inverted", invert))
+    before, after = (features.values["patch_mean"] for features in (plain, changed))
+    assert torch.equal(after[1], before[1])
+    # Means of pixels that are normalised by (x − ½) / ¼ change their sign.
+    torch.testing.assert_close(after[2:], -before[2:])
+    assert changed.digest == plain.digest
+    format_ = model.input_format
+    assert "inverted" in describe_eval_transform(format_, ImageChange("inverted", invert))
+
+
+def test_captions_are_numbered_by_their_first_image(
+    model: FakeModel, images: Images, settings: ExtractionSettings
+) -> None:
+    ids = ["b", "b", "a", "b", "c"]
+    captioned = [dataclasses.replace(i, caption_id=c) for i, c in zip(images, ids, strict=False)]
+    assert extract(model, captioned, settings).caption_labels.tolist() == [0, 0, 1, 0, 2]
 
 
 def test_text_embeddings_are_in_the_order_of_the_texts(

@@ -25,7 +25,7 @@ from stablerep.evaluation.cache.store import (
     load_or_embed_texts,
     load_or_extract,
 )
-from stablerep.evaluation.features import ExtractionSettings, Features
+from stablerep.evaluation.features import ExtractionSettings, Features, ImageChange
 from stablerep.evaluation.sets import LabelledSet, read_labelled_set
 from stablerep.loading.model import InputFormat
 from tests.stablerep.datasets import write_dataset
@@ -116,7 +116,13 @@ def test_only_missing_features_are_computed(
     assert len(list_files(cache.folder)) == 2
 
 
-@pytest.mark.parametrize("changed", ["weights", "transform", "image", "label", "precision", "storage"])
+def darken(image: torch.Tensor, name: str) -> torch.Tensor:
+    return image // 2
+
+
+@pytest.mark.parametrize(
+    "changed", ["weights", "change", "transform", "image", "label", "precision", "storage"]
+)
 def test_features_of_anything_else_are_never_used(
     dataset: LabelledSet,
     settings: ExtractionSettings,
@@ -137,9 +143,10 @@ def test_features_of_anything_else_are_never_used(
     if changed == "label":
         train = (*dataset.train[:4], dataclasses.replace(image, labels=(2,)), *dataset.train[5:])
         dataset = dataclasses.replace(dataset, train=train)
-    expected = load(model, dataset, settings, None)
+    options = {"change": ImageChange("darker", darken)} if changed == "change" else {}
+    expected = load(model, dataset, settings, None, **options)
     model.num_images = 0
-    assert_equal(load(model, dataset, settings, cache), expected)
+    assert_equal(load(model, dataset, settings, cache, **options), expected)
     assert model.num_images == NUM_IMAGES
     assert len(list_files(cache.folder)) == 4
 
