@@ -1,12 +1,16 @@
-"""The k-NN vote against scikit-learn, and its bounds."""
+"""The k-NN search and vote against scikit-learn, their ties, their memory and their bounds."""
+
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from sklearn.neighbors import KNeighborsClassifier
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
 from stablerep.evaluation import knn
-from stablerep.evaluation.knn import knn_classify
+from stablerep.evaluation.knn import find_neighbours, knn_classify, knn_classify_by_k
 
 
 def draw(num_train: int, num_test: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -18,24 +22,68 @@ def draw(num_train: int, num_test: int, seed: int = 0) -> tuple[torch.Tensor, to
     return train, labels, test
 
 
-@pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (20, 0.07), (50, 0.5), (300, 0.02)])
-def test_predictions_equal_those_of_scikit_learn(k: int, temperature: float) -> None:
+@pytest.fixture(params=[None, (7, 30), (64, 64 * 3)])
+def slices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sizes of the slices: as they are, and two that leave ragged ends."""
+    if request.param is not None:
+        monkeypatch.setattr(knn, "NUM_TRAIN_ROWS_PER_SLICE", request.param[0])
+        monkeypatch.setattr(knn, "MAX_SIMILARITIES_IN_MEMORY", request.param[1])
+
+
+@pytest.mark.usefixtures("slices")
+@pytest.mark.parametrize("temperature", [0.02, 0.07, 0.5])
+def test_predictions_of_every_k_equal_those_of_scikit_learn(temperature: float) -> None:
     train, labels, test = draw(300, 200)
-    oracle = KNeighborsClassifier(
-        n_neighbors=k,
-        metric="cosine",
-        algorithm="brute",
-        weights=lambda distances: np.exp((1 - distances) / temperature),
-    ).fit(train.numpy(), labels.numpy())
-    predictions = knn_classify(train, labels, test, num_classes=7, k=k, temperature=temperature)
-    np.testing.assert_array_equal(predictions.numpy(), oracle.predict(test.numpy()))
+    predictions = knn_classify_by_k(
+        train, labels, test, num_classes=7, ks=(1, 10, 20, 100, 300), temperature=temperature
+    )
+    assert list(predictions) == [1, 10, 20, 100, 300]
+    for k, predicted in predictions.items():
+        oracle = KNeighborsClassifier(
+            n_neighbors=k,
+            metric="cosine",
+            algorithm="brute",
+            weights=lambda distances: np.exp((1 - distances) / temperature),
+        ).fit(train.numpy(), labels.numpy())
+        np.testing.assert_array_equal(predicted.numpy(), oracle.predict(test.numpy()))
 
 
-def test_slices_do_not_change_the_predictions(monkeypatch: pytest.MonkeyPatch) -> None:
-    train, labels, test = draw(90, 101)
-    whole = knn_classify(train, labels, test, num_classes=7)
-    monkeypatch.setattr(knn, "MAX_SIMILARITIES_IN_MEMORY", 90 * 4)
-    assert torch.equal(knn_classify(train, labels, test, num_classes=7), whole)
+@pytest.mark.usefixtures("slices")
+@pytest.mark.parametrize("k", [1, 5, 40, 301])
+def test_neighbours_equal_those_of_scikit_learn(k: int) -> None:
+    train, _, test = draw(301, 50)
+    oracle = NearestNeighbors(n_neighbors=k, metric="cosine", algorithm="brute").fit(train.numpy())
+    distances, rows = oracle.kneighbors(test.numpy())
+    neighbours = find_neighbours(train, test, k)
+    np.testing.assert_array_equal(neighbours.indices, rows)
+    np.testing.assert_allclose(neighbours.similarities, 1 - distances, atol=1e-12)
+
+
+def test_one_k_is_that_of_several() -> None:
+    train, labels, test = draw(90, 50)
+    several = knn_classify_by_k(train, labels, test, num_classes=7, ks=(50, 5))
+    for k in (50, 5):
+        assert torch.equal(knn_classify(train, labels, test, num_classes=7, k=k), several[k])
+
+
+@pytest.mark.usefixtures("slices")
+def test_of_equal_neighbours_the_first_rows_are_taken_in_order() -> None:
+    # Whole numbers of norm 5: the similarities are exact in any order of summation.
+    base = torch.tensor([[5.0, 0.0], [3.0, 4.0], [0.0, 5.0]])
+    train = base[torch.arange(200) % 3]
+    neighbours = find_neighbours(train, base[:1], 100).indices[0]
+    nearest, next_nearest = list(range(0, 200, 3)), list(range(1, 200, 3))
+    assert neighbours.tolist() == (nearest + next_nearest)[:100]
+
+
+@pytest.mark.usefixtures("slices")
+def test_rows_that_are_all_equal_are_taken_in_order() -> None:
+    assert find_neighbours(torch.ones(150, 4), torch.ones(3, 4), 9).indices.tolist() == [list(range(9))] * 3
+
+
+def test_of_classes_with_equal_votes_the_lowest_wins() -> None:
+    train, labels = torch.ones(6, 3), torch.tensor([4, 2, 4, 2, 6, 6])
+    assert knn_classify(train, labels, torch.ones(2, 3), num_classes=7, k=6).tolist() == [2, 2]
 
 
 def test_scale_of_features_does_not_change_the_predictions() -> None:
@@ -55,10 +103,53 @@ def test_tiny_temperature_is_the_nearest_neighbour() -> None:
     )
 
 
+def test_no_test_feature_gives_no_prediction() -> None:
+    train, labels, test = draw(30, 5)
+    assert knn_classify(train, labels, test[:0], num_classes=7).shape == (0,)
+    assert find_neighbours(train, test[:0], 3).indices.shape == (0, 3)
+
+
+MEASURE_MEMORY = """
+from pathlib import Path
+import torch
+from stablerep.evaluation.knn import knn_classify_by_k
+
+def read_status(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name + ":")) * 1024
+
+generator = torch.Generator().manual_seed(0)
+train, test = torch.randn(20_000, 8, generator=generator), torch.randn(4_000, 8, generator=generator)
+labels = torch.arange(20_000) % 10
+knn_classify_by_k(train, labels, test[:10], num_classes=10)
+before = read_status("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")
+knn_classify_by_k(train, labels, test, num_classes=10)
+print(read_status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is read from /proc"
+)
+def test_memory_is_that_of_slices_and_not_of_all_similarities() -> None:
+    measured = subprocess.run(
+        [sys.executable, "-c", MEASURE_MEMORY], capture_output=True, text=True, check=True, timeout=120
+    )
+    all_similarities_bytes = 20_000 * 4_000 * 4  # 320 MB
+    assert int(measured.stdout) < all_similarities_bytes / 2
+
+
 def test_more_neighbours_than_training_features_are_refused() -> None:
     train, labels, test = draw(10, 5)
     with pytest.raises(ValueError, match=r"k must be in \[1, 10\].*got 11"):
         knn_classify(train, labels, test, num_classes=7, k=11)
+    with pytest.raises(ValueError, match=r"k must be in \[1, 10\].*got 20"):
+        knn_classify_by_k(train, labels, test, num_classes=7, ks=(10, 20))
+    with pytest.raises(ValueError, match=r"k must be in \[1, 10\].*got 0"):
+        find_neighbours(train, test, 0)
+    with pytest.raises(ValueError, match="ks must name at least 1 number of neighbours"):
+        knn_classify_by_k(train, labels, test, num_classes=7, ks=())
 
 
 def test_arguments_out_of_bounds_are_refused() -> None:
@@ -71,3 +162,6 @@ def test_arguments_out_of_bounds_are_refused() -> None:
         knn_classify(train, labels[1:], test, num_classes=7)
     with pytest.raises(ValueError, match=r"\[N, D\] and \[M, D\], got \[30, 12\] and \[5, 11\]"):
         knn_classify(train, labels, test[:, 1:], num_classes=7)
+    test[3, 2] = float("nan")
+    with pytest.raises(ValueError, match="test_features must be finite, got a row 3 that is not"):
+        knn_classify(train, labels, test, num_classes=7)

@@ -15,19 +15,50 @@ def draw_classes(num_images: int, seed: int, noise: float = 1.0) -> tuple[torch.
     return torch.from_numpy(features).float(), torch.from_numpy(labels)
 
 
-def test_predictions_are_scikit_learns_for_the_chosen_penalty() -> None:
+def fit_with_scikit_learn(
+    features: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, penalty: float
+) -> np.ndarray:
+    """Scores of the test features."""
+    scaler = StandardScaler().fit(features.double())
+    model = Ridge(alpha=penalty * len(features)).fit(scaler.transform(features.double()), np.eye(3)[labels])
+    scores: np.ndarray = model.predict(scaler.transform(test.double()))
+    return scores
+
+
+def test_scores_are_scikit_learns_for_the_chosen_penalty() -> None:
     train, labels = draw_classes(200, 0)
     test, _ = draw_classes(300, 1)
-    predictions, penalty = ridge_classify(train, labels, test, num_classes=3)
-    scaler = StandardScaler().fit(train)
-    model = Ridge(alpha=penalty * len(train)).fit(scaler.transform(train), np.eye(3)[labels])
-    np.testing.assert_array_equal(predictions, model.predict(scaler.transform(test)).argmax(axis=1))
+    result = ridge_classify(train, labels, test, num_classes=3)
+    scores = fit_with_scikit_learn(train, labels, test, result.penalty)
+    np.testing.assert_allclose(result.scores, scores, atol=1e-4)  # 1e-6 is added to each deviation
+    np.testing.assert_array_equal(result.predictions, scores.argmax(axis=1))
+
+
+def test_penalty_and_scores_on_a_validation_split_are_scikit_learns() -> None:
+    train, labels = draw_classes(60, 0, noise=3.0)
+    validation = draw_classes(90, 1, noise=3.0)
+    test, _ = draw_classes(300, 2, noise=3.0)
+    result = ridge_classify(train, labels, test, num_classes=3, validation=validation)
+    oracle = [
+        np.mean(
+            fit_with_scikit_learn(train, labels, validation[0], p).argmax(axis=1) == validation[1].numpy()
+        )
+        for p in PENALTIES
+    ]
+    np.testing.assert_allclose(result.validation_accuracies, oracle, atol=1e-12)
+    assert len(set(oracle)) > 3
+    assert result.penalty == max(p for p, hit in zip(PENALTIES, oracle, strict=True) if hit == max(oracle))
+    assert result.selection == "validation"
+    both = torch.cat([train, validation[0]]), torch.cat([labels, validation[1]])
+    scores = fit_with_scikit_learn(*both, test, result.penalty)
+    np.testing.assert_allclose(result.scores, scores, atol=1e-4)
 
 
 def test_penalty_is_chosen_without_the_test_features() -> None:
     train, labels = draw_classes(100, 0, noise=3.0)
-    chosen = {ridge_classify(train, labels, draw_classes(50, s)[0], num_classes=3).penalty for s in range(4)}
-    assert len(chosen) == 1
+    results = [ridge_classify(train, labels, draw_classes(50, s)[0], num_classes=3) for s in range(4)]
+    assert len({result.penalty for result in results}) == 1
+    assert {result.selection for result in results} == {"held-out part of train"}
 
 
 def test_penalty_is_large_where_features_say_nothing_and_there_are_few() -> None:
@@ -49,3 +80,12 @@ def test_too_few_or_odd_shapes_are_refused() -> None:
         ridge_classify(torch.zeros(4, 2), torch.zeros(4), torch.zeros(1, 2), num_classes=2)
     with pytest.raises(ValueError, match=r"train_labels \[N\], got \[6, 2\] and \[5\]"):
         ridge_classify(torch.zeros(6, 2), torch.zeros(5), torch.zeros(1, 2), num_classes=2)
+    train, labels = draw_classes(20, 0)
+    with pytest.raises(ValueError, match=r"test_features must be \[M, 6\], got \[1, 2\]"):
+        ridge_classify(train, labels, torch.zeros(1, 2), num_classes=3)
+    with pytest.raises(ValueError, match=r"train_labels must be in \[0, 2\), got 0 to 2"):
+        ridge_classify(train, labels, train, num_classes=2)
+    with pytest.raises(ValueError, match="validation_features must be >= 1, got 0"):
+        ridge_classify(train, labels, train, num_classes=3, validation=(train[:0], labels[:0]))
+    with pytest.raises(ValueError, match=r"validation_features must be \[V, 6\], got \[20, 5\]"):
+        ridge_classify(train, labels, train, num_classes=3, validation=(train[:, 1:], labels))
