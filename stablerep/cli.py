@@ -56,6 +56,9 @@ VERBS: dict[str, Verb] = {
     "evaluate": Verb(
         "stablerep.evaluation.evaluate", "EvaluateConfig", "linear probe and k-NN of a checkpoint"
     ),
+    "export": Verb(
+        "stablerep.export.export", None, "weights where timm, transformers and open_clip load them"
+    ),
     "demo": Verb("stablerep.demo", "DemoConfig", "all of it in minutes, small, with an HTML report"),
 }
 

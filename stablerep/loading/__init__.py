@@ -11,6 +11,7 @@ a folder that open_clip can load    DIR with open_clip_config.json
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -173,7 +174,7 @@ def _build_text_side(content: Mapping[str, Any], width: int, where: str) -> Text
         head.image_projection,
         head.text_projection,
         Tokenizer(config.context_length),
-        float(head.logit_scale.detach().exp()),
+        math.exp(head.logit_scale.item()),
         config,
     )
 

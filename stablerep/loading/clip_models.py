@@ -2,7 +2,8 @@
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,18 @@ logger = logging.getLogger(__name__)
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 LOCAL_FOLDER, HUB = "local-dir:", "hf-hub:"
+
+
+@contextmanager
+def kept_root_logger() -> Iterator[None]:
+    """open_clip logs through the root logger, which then gets a handler that says our own lines again."""
+    root = logging.getLogger()
+    handler = logging.NullHandler()
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
 
 
 class _Matrix(nn.Module):
@@ -50,7 +63,8 @@ class _LazyTokenizer:
 
     def __call__(self, texts: list[str]) -> Tensor:
         if self._tokenize is None:
-            self._tokenize = _import_open_clip().get_tokenizer(self.model_name)
+            with kept_root_logger():
+                self._tokenize = _import_open_clip().get_tokenizer(self.model_name)
         return self._tokenize(texts)
 
 
@@ -84,14 +98,15 @@ def load_open_clip(name: str, *, random_init: bool) -> LoadedModel:
         architecture, pretrained = model_name, tag or None
         _check_names(open_clip, model_name, pretrained, random_init)
     try:
-        model = open_clip.create_model(
-            model_name,
-            pretrained=None if random_init else pretrained,
-            load_weights=not random_init,
-            pretrained_text=not random_init,
-            require_pretrained=not random_init,
-            **options,
-        )
+        with kept_root_logger():
+            model = open_clip.create_model(
+                model_name,
+                pretrained=None if random_init else pretrained,
+                load_weights=not random_init,
+                pretrained_text=not random_init,
+                require_pretrained=not random_init,
+                **options,
+            )
     except (RuntimeError, ValueError, OSError, KeyError, TypeError, AssertionError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{name}: open_clip cannot load it: {reason}") from error

@@ -13,6 +13,7 @@ Reference:
 """
 
 import argparse
+import math
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -112,7 +113,8 @@ def build_official(content: Mapping[str, Any], where: str, random_init: bool = F
         return OfficialModel(backbone.eval(), None, None)
     fit_weights(backbone, visual, where, ignored_prefixes=[CLASSIFIER_PREFIX])
     width = int(backbone.num_features)  # type: ignore[arg-type]
-    head = _build_mlp(strip_prefix(others, "image_mlp."), f"{where}, image_mlp") if others else None
+    mlp = strip_prefix(others, "image_mlp.")
+    head = _build_mlp(mlp, f"{where}, image_mlp") if mlp else None
     text = None
     if any(key.startswith(_TEXT_PARTS) for key in others):
         text = _build_text(others, width, where)
@@ -210,5 +212,5 @@ def _build_text(weights: Mapping[str, Tensor], width: int, where: str) -> TextSi
         )
         text_projection = _build_mlp(strip_prefix(weights, "text_projection."), f"{where}, text_projection")
     fit_weights(tower, tower_weights, f"{where}, text tower")
-    scale = float(weights["logit_scale"].exp())
+    scale = math.exp(weights["logit_scale"].item())
     return TextSide(tower, image_projection, text_projection, Tokenizer(context_length), scale, config)

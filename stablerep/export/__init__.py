@@ -1,0 +1,1 @@
+"""`stablerep export`: weights where timm, transformers and open_clip load them without this project."""

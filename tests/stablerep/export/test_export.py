@@ -1,0 +1,647 @@
+"""The export, from the command line to the libraries that load it; the oracle is the saved module."""
+
+import json
+import math
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import huggingface_hub.errors
+import open_clip
+import pytest
+import timm
+import timm.data
+import torch
+import torch.nn.functional as F
+import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoImageProcessor, AutoModel
+
+from stablerep.cli import main
+from stablerep.evaluation.results import Provenance, Row, write_results
+from stablerep.export import timm_files
+from stablerep.export.export import ExportConfig, run
+from stablerep.loading import EvaluationTransform, load_model
+from stablerep.text import TextConfig, build_text_tower
+from tests.stablerep.datasets import write_dataset
+from tests.stablerep.models import (
+    SMALL_TEXT,
+    SMALL_VIT,
+    TEXTS,
+    disturb,
+    draw_images,
+    draw_picture,
+    save_checkpoint,
+)
+
+TIMM_FILES = {"model.safetensors", "config.json", "README.md", "training_config.yaml", "SHA256SUMS"}
+OPEN_CLIP_FILES = {"open_clip_model.safetensors", "open_clip_config.json"}
+
+
+def export(tmp_path: Path, *options: str, name: str = "out") -> Path:
+    assert main(["export", str(tmp_path / "a.ckpt"), "--output", str(tmp_path / name), *options]) == 0
+    return tmp_path / name
+
+
+def fails(tmp_path: Path, capsys: pytest.CaptureFixture[str], *options: str, name: str = "out") -> str:
+    """The export fails in one line, which is returned; no half-written folder is left."""
+    before = {path for path in tmp_path.rglob("*") if ".partial" not in path.name}
+    capsys.readouterr()
+    assert main(["export", str(tmp_path / "a.ckpt"), "--output", str(tmp_path / name), *options]) == 1
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("stablerep ")]
+    assert len(lines) == 1, error
+    assert set(tmp_path.rglob("*")) == before
+    return lines[0]
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+# ---- timm and transformers
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """An export without texts, and the module that it is of."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("exported")
+    module = save_checkpoint(folder / "a.ckpt")
+    return export(folder), module
+
+
+def test_folder_holds_what_it_says(exported: tuple[Path, Any]) -> None:
+    folder, _ = exported
+    assert names_in(folder) == TIMM_FILES
+    assert {path.name for path in folder.parent.iterdir()} == {"a.ckpt", "out"}
+    modes = {path.stat().st_mode & 0o777 for path in folder.iterdir()}
+    assert len(modes) == 1
+    assert modes.pop() & 0o400
+
+
+def test_timm_loads_the_folder(exported: tuple[Path, Any]) -> None:
+    folder, module = exported
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    assert torch.equal(model(draw_images()), module.backbone(draw_images()))
+
+
+def test_timm_loads_the_weights_alone(exported: tuple[Path, Any]) -> None:
+    folder, module = exported
+    arguments: dict[str, Any] = {"img_size": 16, "num_classes": 0, **SMALL_VIT}
+    path = folder / "model.safetensors"
+    model = timm.create_model("vit_tiny_patch16_224", checkpoint_path=path, **arguments).eval()
+    assert torch.equal(model(draw_images()), module.backbone(draw_images()))
+    assert set(load_file(path)) == set(module.backbone.state_dict())
+
+
+def test_transformers_loads_the_folder(exported: tuple[Path, Any]) -> None:
+    folder, module = exported
+    model = AutoModel.from_pretrained(folder).eval()
+    torch.testing.assert_close(model(draw_images()).pooler_output, module.backbone(draw_images()))
+
+
+def test_every_transform_is_that_of_evaluation(exported: tuple[Path, Any]) -> None:
+    folder, _ = exported
+    picture = draw_picture()
+    expected = EvaluationTransform(load_model(folder.parent / "a.ckpt").input_format)(picture)
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    of_timm: Any = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    torch.testing.assert_close(of_timm(picture), expected)
+    processor: Any = AutoImageProcessor.from_pretrained(folder)
+    torch.testing.assert_close(processor(picture)["pixel_values"][0], expected)
+
+
+def test_the_folder_loads_as_the_checkpoint_does(exported: tuple[Path, Any]) -> None:
+    folder, _ = exported
+    source, loaded = load_model(folder.parent / "a.ckpt"), load_model(folder)
+    assert loaded.input_format == source.input_format
+    assert torch.equal(loaded.extract(draw_images())["cls_last4"], source.extract(draw_images())["cls_last4"])
+
+
+@pytest.mark.parametrize("image_size", [16, 20, 32, 36, 64, 96, 112, 224, 384, 518])
+def test_crop_passes_through_timms_rounding(image_size: int) -> None:
+    from stablerep.backbones import IMAGENET_MEAN, IMAGENET_STD
+    from stablerep.loading import InputFormat
+    from stablerep.loading.timm_models import read_input_format
+
+    resize_size = round(image_size * 256 / 224)
+    form = InputFormat(image_size, IMAGENET_MEAN, IMAGENET_STD, crop_fraction=image_size / resize_size)
+    crop_pct = timm_files.find_crop_pct(form)
+    assert math.floor(image_size / crop_pct) == resize_size
+    assert read_input_format({"input_size": (3, image_size, image_size), "crop_pct": crop_pct}, "") == form
+
+
+def test_other_normalisation_passes_through(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "a.ckpt", image_size=32)
+    content = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    content["stablerep_backbone"] |= {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    torch.save(content, tmp_path / "a.ckpt")
+    folder = export(tmp_path)
+    cfg = timm.create_model(f"local-dir:{folder}", pretrained=True).pretrained_cfg
+    assert (tuple(cfg["mean"]), tuple(cfg["std"])) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))  # type: ignore[index]
+
+
+def test_a_name_that_says_it_all_has_no_arguments(tmp_path: Path) -> None:
+    save_checkpoint(
+        tmp_path / "a.ckpt", backbone="test_vit", backbone_options={"drop_path_rate": 0.1}, image_size=160
+    )
+    config = json.loads((export(tmp_path) / "config.json").read_text())
+    assert (config["architecture"], config["num_classes"]) == ("test_vit", 0)
+    assert "model_args" not in config
+
+
+def test_moving_average_is_exported_on_demand(tmp_path: Path) -> None:
+    module = save_checkpoint(tmp_path / "a.ckpt", ema=True)
+    model = timm.create_model(f"local-dir:{export(tmp_path, '--ema')}", pretrained=True).eval()
+    assert module.ema_backbone is not None
+    assert torch.equal(model(draw_images()), module.ema_backbone(draw_images()))
+
+
+def test_official_weights_are_exported(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"patch_size": 8, "depth": 2, "embed_dim": 64, "num_heads": 1, "img_size": 24}
+    vit = disturb(timm.create_model("vit_base_patch16_224", num_classes=0, **options)).eval()
+    torch.save({"model": {f"visual.{k}": v for k, v in vit.state_dict().items()}}, tmp_path / "a.ckpt")
+    folder = export(tmp_path)
+    assert names_in(folder) == TIMM_FILES - {"training_config.yaml"}
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    assert torch.equal(model(draw_images(24)), vit(draw_images(24)))
+
+
+def test_official_towers_are_exported(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"patch_size": 8, "depth": 2, "embed_dim": 64, "num_heads": 1, "img_size": 24}
+    vit = disturb(timm.create_model("vit_base_patch16_224", num_classes=0, **options)).eval()
+    tower = build_text_tower(TextConfig(out_features=6, width=64, num_layers=2, num_heads=1)).eval()
+    weights = {f"visual.{key}": value for key, value in vit.state_dict().items()} | tower.state_dict()
+    matrix = torch.randn(64, 6)
+    torch.save(
+        {"model": weights | {"image_projection": matrix, "logit_scale": torch.ones(())}}, tmp_path / "a.ckpt"
+    )
+    model = open_clip.create_model(f"local-dir:{export(tmp_path)}").eval()
+    torch.testing.assert_close(model.encode_image(draw_images(24)), vit(draw_images(24)) @ matrix)
+    tokens = open_clip.SimpleTokenizer()(TEXTS)
+    torch.testing.assert_close(model.encode_text(tokens), tower(tokens))
+
+
+# ---- open_clip
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_open_clip_loads_both_towers(tmp_path: Path, by_name: bool) -> None:
+    options: dict[str, Any] = (
+        {"backbone": "test_vit", "backbone_options": {}, "image_size": 160} if by_name else {}
+    )
+    module = save_checkpoint(tmp_path / "a.ckpt", TextConfig(**SMALL_TEXT), **options)
+    folder = export(tmp_path)
+    assert names_in(folder) == TIMM_FILES | OPEN_CLIP_FILES
+    name = f"local-dir:{folder}"
+    tower = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]["vision_cfg"]
+    assert tower["timm_model_name"] == ("test_vit" if by_name else name)
+    model, preprocess = open_clip.create_model_from_pretrained(name)
+    model.eval()
+    images = draw_images(160 if by_name else 16)
+    assert module.text_head is not None
+    assert module.text_tower is not None
+    expected = F.normalize(module.text_head.image_projection(module.backbone(images)), dim=-1)
+    torch.testing.assert_close(model.encode_image(images, normalize=True), expected)
+    tokens = open_clip.get_tokenizer(name)(TEXTS)
+    assert tokens.shape == (2, 10)
+    expected = F.normalize(module.text_tower(tokens), dim=-1)
+    torch.testing.assert_close(model.encode_text(tokens, normalize=True), expected)
+    torch.testing.assert_close(model.logit_scale, module.text_head.logit_scale.squeeze(0))
+    assert preprocess.transforms[-1].mean == pytest.approx([0.485, 0.456, 0.406])
+    timm_model = timm.create_model(name, pretrained=True).eval()
+    assert torch.equal(timm_model(images), module.backbone(images))
+
+
+def test_exported_towers_load_as_the_checkpoint_does_wherever_the_folder_goes(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "a.ckpt", TextConfig(**SMALL_TEXT))
+    source = load_model(tmp_path / "a.ckpt")
+    moved = export(tmp_path).rename(tmp_path / "moved")
+    loaded = load_model(moved)
+    assert loaded.input_format == source.input_format
+    torch.testing.assert_close(loaded.encode_images(draw_images()), source.encode_images(draw_images()))
+    torch.testing.assert_close(loaded.encode_texts(TEXTS), source.encode_texts(TEXTS))
+    assert loaded.logit_scale == pytest.approx(source.logit_scale)
+
+
+def test_gelu_text_tower_passes_through(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "a.ckpt", TextConfig(**SMALL_TEXT, quick_gelu=False))
+    config = json.loads((export(tmp_path) / "open_clip_config.json").read_text())
+    assert config["model_cfg"]["quick_gelu"] is False
+
+
+def test_mlp_projection_is_refused_for_open_clip_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_checkpoint(tmp_path / "a.ckpt", TextConfig(**SMALL_TEXT, projection="mlp"))
+    assert names_in(export(tmp_path)) == TIMM_FILES
+    out = capsys.readouterr().out
+    assert "no files for open_clip: open_clip has no MLP behind its towers" in out
+    assert "MLPs: not in these files" in (tmp_path / "out" / "README.md").read_text()
+
+
+# ---- whole or not at all
+
+
+def test_an_export_that_differs_fails_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path / "a.ckpt")
+
+    def save_damaged(weights: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+        save_file(weights | {"norm.bias": weights["norm.bias"] + 2e-5}, path, metadata)
+
+    monkeypatch.setattr(timm_files, "save_file", save_damaged)
+    line = fails(tmp_path, capsys)
+    assert "the export differs from its source: timm, local-dir: features by 2" in line
+    assert "more than 1e-05" in line
+
+
+def test_a_transform_that_differs_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path / "a.ckpt", image_size=32)
+    monkeypatch.setattr(timm_files, "find_crop_pct", lambda form: 0.875)  # 36, where evaluation has 37
+    assert "differs from its source: timm, local-dir: transform by" in fails(tmp_path, capsys)
+
+
+def test_an_export_that_cannot_be_loaded_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path / "a.ckpt")
+    monkeypatch.setattr(timm_files, "build_model_args", lambda model: {"img_size": 16})
+    assert "the export cannot be loaded back (timm folder): RuntimeError" in fails(tmp_path, capsys)
+
+
+def test_not_finite_weights_are_not_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_checkpoint(tmp_path / "a.ckpt")
+    content = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    content["state_dict"]["backbone.norm.bias"][0] = math.nan
+    torch.save(content, tmp_path / "a.ckpt")
+    assert "timm, local-dir: features by nan" in fails(tmp_path, capsys)
+
+
+def test_a_folder_that_is_not_empty_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_checkpoint(tmp_path / "a.ckpt")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious.txt").write_text("precious")
+    assert "is not empty" in fails(tmp_path, capsys)
+    assert "holds precious.txt, which is of no export" in fails(tmp_path, capsys, "--overwrite")
+    assert (tmp_path / "out" / "precious.txt").read_text() == "precious"
+    (tmp_path / "file").write_text("x")
+    assert "is not a folder" in fails(tmp_path, capsys, name="file")
+
+
+def test_an_earlier_export_is_replaced_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_checkpoint(tmp_path / "a.ckpt", TextConfig(**SMALL_TEXT))
+    export(tmp_path)
+    module = save_checkpoint(tmp_path / "a.ckpt")
+    assert "is not empty" in fails(tmp_path, capsys)
+    folder = export(tmp_path, "--overwrite")
+    assert names_in(folder) == TIMM_FILES
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    assert torch.equal(model(draw_images()), module.backbone(draw_images()))
+    assert {path.name for path in tmp_path.iterdir()} == {"a.ckpt", "out"}
+
+
+def test_a_failure_leaves_the_earlier_export(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path / "a.ckpt", image_size=32)
+    export(tmp_path)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    monkeypatch.setattr(timm_files, "find_crop_pct", lambda form: 0.5)
+    fails(tmp_path, capsys, "--overwrite")
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_an_empty_folder_and_missing_parents_are_taken(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "a.ckpt")
+    (tmp_path / "out").mkdir()
+    export(tmp_path)
+    assert names_in(export(tmp_path, name="new/parents/out")) == TIMM_FILES
+
+
+def test_checksums_are_those_of_every_file(exported: tuple[Path, Any]) -> None:
+    folder, _ = exported
+    listed = {line.split("  ")[1] for line in (folder / "SHA256SUMS").read_text().splitlines()}
+    assert listed == TIMM_FILES - {"SHA256SUMS"}
+    subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=folder, check=True)
+
+
+# ---- the card
+
+
+def read_header(folder: Path) -> dict[str, Any]:
+    text = (folder / "README.md").read_text()
+    header: dict[str, Any] = yaml.safe_load(text.split("---\n")[1])
+    return header
+
+
+def test_licence_is_in_every_file_that_has_a_place_for_it(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "a.ckpt", TextConfig(**SMALL_TEXT))
+    folder = export(tmp_path, "--license", "cc-by-4.0")
+    assert read_header(folder)["license"] == "cc-by-4.0"
+    assert json.loads((folder / "config.json").read_text())["pretrained_cfg"]["license"] == "cc-by-4.0"
+    for name in ("model.safetensors", "open_clip_model.safetensors"):
+        with safe_open(folder / name, "pt") as file:
+            assert file.metadata() == {"format": "pt", "license": "cc-by-4.0"}
+
+
+def test_no_licence_is_assumed(exported: tuple[Path, Any]) -> None:
+    folder, _ = exported
+    assert read_header(folder)["license"] == "unknown"
+    assert "Nobody has stated a licence for these weights" in (folder / "README.md").read_text()
+
+
+def test_card_is_a_valid_one_of_the_hub(exported: tuple[Path, Any]) -> None:
+    folder, _ = exported
+    card = huggingface_hub.ModelCard.load(folder / "README.md")
+    assert card.data.library_name == "timm"
+    assert card.data.pipeline_tag == "image-feature-extraction"
+    for heading in ("Use", "Training data", "Intended use", "Biases and limits", "Licence", "Citation"):
+        assert f"\n## {heading}\n" in card.text
+
+
+def run_in_blocks(text: str, folder: Path) -> dict[str, Any]:
+    """Runs the card's Python, with its placeholder filled in."""
+    names: dict[str, Any] = {"image": draw_picture()}
+    for block in text.split("```python\n")[1:]:
+        code = block.split("```")[0].replace("DIR", str(folder))
+        exec(code.replace('"model.safetensors"', f'"{folder}/model.safetensors"'), names)
+    return names
+
+
+def test_what_the_card_says_to_run_runs(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "a.ckpt", TextConfig(**SMALL_TEXT))
+    folder = export(tmp_path)
+    names = run_in_blocks((folder / "README.md").read_text(), folder)
+    assert names["probabilities"].sum().item() == pytest.approx(1)
+    expected = EvaluationTransform(load_model(tmp_path / "a.ckpt").input_format)(draw_picture())
+    torch.testing.assert_close(names["transform"](draw_picture()), expected)
+
+
+def save_run(tmp_path: Path) -> Path:
+    """A run's folder with its configuration, beside the dataset that it names."""
+    write_dataset(tmp_path / "data" / "shards", [4, 4])
+    (tmp_path / "data" / "shards" / "README.md").write_text("---\nlicense: cc0-1.0\n---\n# shards\n")
+    save_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    roots = [{"root": str(tmp_path / "data" / "shards")}, {"root": str(tmp_path / "data" / "gone")}]
+    (tmp_path / "run" / "config.yaml").write_text(
+        f"# as it was\n{yaml.safe_dump({'data': {'roots': roots}})}"
+    )
+    return tmp_path / "run" / "checkpoints" / "last.ckpt"
+
+
+def test_card_tells_the_training_data_and_its_generator(tmp_path: Path) -> None:
+    checkpoint = save_run(tmp_path)
+    run(ExportConfig(checkpoint=str(checkpoint), output=str(tmp_path / "out")))
+    text = (tmp_path / "out" / "README.md").read_text()
+    data = text.split("## Training data\n")[1].split("\n## ")[0]
+    assert "### shards" in data
+    assert "| images | 4 of each of 8 planned captions, all of them generated |" in data
+    assert "captions.txt" in data
+    assert '| generator: model | `"none"` |' in data
+    assert "| licence | cc0-1.0 |" in data
+    assert "### gone\nIts `dataset.json` could not be read" in data
+    assert "The data's own: cc0-1.0." in text
+    assert str(tmp_path) not in text
+    assert "synthetic-data" in read_header(tmp_path / "out")["tags"]
+
+
+def test_training_config_is_the_runs_own(tmp_path: Path) -> None:
+    checkpoint = save_run(tmp_path)
+    run(ExportConfig(checkpoint=str(checkpoint), output=str(tmp_path / "out")))
+    config = (tmp_path / "run" / "config.yaml").read_bytes()
+    assert (tmp_path / "out" / "training_config.yaml").read_bytes() == config
+
+
+def test_without_a_run_the_hyper_parameters_are_the_training_config(exported: tuple[Path, Any]) -> None:
+    folder, module = exported
+    content = yaml.safe_load((folder / "training_config.yaml").read_text())
+    assert content["model"]["backbone_options"] == SMALL_VIT
+    assert content["model"]["temperature"] == module.temperature
+    assert (
+        "Not recorded: the checkpoint lay outside of its run's folder" in (folder / "README.md").read_text()
+    )
+
+
+def write_scores(folder: Path, weights: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    row = Row("knn20", "accuracy", 0.625, (0.5, 0.7), "Wilson, 95 %", 64, "none", {"k": 20}, "cls", 1.5)
+    hashes = {"weights": weights, "data": "d" * 64, "transform": "t" * 64}
+    provenance = Provenance("a.ckpt", "/somewhere/shapes", "Resize(18), CenterCrop(16)", hashes, {})
+    write_results(folder, [row], provenance, ["x"])
+    return folder / "results.jsonl"
+
+
+def test_figures_of_these_weights_are_on_the_card(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "a.ckpt")
+    results = write_scores(tmp_path / "scores", load_model(tmp_path / "a.ckpt").digest)
+    folder = export(tmp_path, "--results", str(results), "--name", "shapes-vit")
+    text = (folder / "README.md").read_text()
+    assert "# shapes-vit" in text
+    evaluation = text.split("## Evaluation\n")[1].split("\n## ")[0]
+    assert "On shapes (Resize(18), CenterCrop(16))" in evaluation
+    assert "| knn20 |" in evaluation
+    assert "62.5" in evaluation
+    (index,) = read_header(folder)["model-index"]
+    assert index["name"] == "shapes-vit"
+    (result,) = index["results"]
+    assert result["metrics"][0]["value"] == 0.625
+    assert "/somewhere" not in text
+
+
+def test_figures_of_other_weights_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_checkpoint(tmp_path / "a.ckpt")
+    results = write_scores(tmp_path / "scores", "0" * 64)
+    assert "has no row of these weights" in fails(tmp_path, capsys, "--results", str(results))
+    assert "does not exist" in fails(tmp_path, capsys, "--results", str(tmp_path / "none.jsonl"))
+
+
+def write_former_results(path: Path, **checkpoint: Any) -> None:
+    score = {
+        "name": "linear_heldout",
+        "metric": "accuracy",
+        "value": 0.5,
+        "interval": [0.4, 0.6],
+        "interval_method": "Wilson, 95 %",
+        "n": 10,
+        "num_correct": 5,
+        "selection": "heldout",
+        "hyperparameters": {"epoch": 3},
+        "seconds": 2.0,
+    }
+    content = {
+        "schema_version": 1,
+        "checkpoint": {"path": "a.ckpt", "random_init": False, "ema": False} | checkpoint,
+        "data": {"path": "shapes", "fingerprint": "d" * 64},
+        "transform": {"evaluation": "Resize(18)"},
+        "results": [score],
+    }
+    path.write_text(json.dumps(content))
+
+
+def test_figures_of_earlier_versions_are_read_and_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import hashlib
+
+    save_checkpoint(tmp_path / "a.ckpt")
+    path, sha256 = (
+        tmp_path / "results.json",
+        hashlib.sha256((tmp_path / "a.ckpt").read_bytes()).hexdigest(),
+    )
+    wrong: list[dict[str, Any]] = [
+        {"sha256": "0" * 64},
+        {"sha256": sha256, "random_init": True},
+        {"sha256": sha256, "ema": True},
+    ]
+    for checkpoint in wrong:
+        write_former_results(path, **checkpoint)
+        assert "has no row of these weights" in fails(tmp_path, capsys, "--results", str(path))
+    write_former_results(path, sha256=sha256)
+    text = (export(tmp_path, "--results", str(path)) / "README.md").read_text()
+    assert "| linear_heldout |" in text
+
+
+# ---- the hub
+
+
+class Hub:
+    """Takes uploads in place of the hub."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+        self.repositories: dict[str, bool] = {}
+        self.files: dict[str, bytes] = {}
+
+    def __call__(self, **options: Any) -> "Hub":
+        return self
+
+    def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> str:
+        if self.error:
+            raise self.error
+        assert exist_ok
+        self.repositories[repo_id] = private
+        return f"https://hub/{repo_id}"
+
+    def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
+        assert repo_id in self.repositories
+        assert commit_message
+        self.files = {path.name: path.read_bytes() for path in folder_path.iterdir()}
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
+    hub = Hub()
+    monkeypatch.setattr(huggingface_hub, "HfApi", hub)
+    return hub
+
+
+def test_nothing_is_pushed_unless_asked(tmp_path: Path, hub: Hub) -> None:
+    save_checkpoint(tmp_path / "a.ckpt")
+    export(tmp_path)
+    assert (hub.repositories, hub.files) == ({}, {})
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_push_uploads_the_folder(
+    tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str], private: bool
+) -> None:
+    save_checkpoint(tmp_path / "a.ckpt")
+    folder = export(tmp_path, "--push", "someone/model", *(["--private"] if private else []))
+    assert hub.repositories == {"someone/model": private}
+    assert hub.files == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert "pushed to https://hub/someone/model" in capsys.readouterr().out
+    assert 'timm.create_model("hf-hub:someone/model", pretrained=True)' in hub.files["README.md"].decode()
+
+
+def test_pushed_towers_name_their_repository(tmp_path: Path, hub: Hub) -> None:
+    save_checkpoint(tmp_path / "a.ckpt", TextConfig(**SMALL_TEXT))
+    folder = export(tmp_path, "--push", "someone/model")
+    before = json.loads((folder / "open_clip_config.json").read_text())
+    pushed = json.loads(hub.files["open_clip_config.json"])
+    assert before["model_cfg"]["vision_cfg"]["timm_model_name"] == f"local-dir:{folder}"
+    assert pushed["model_cfg"]["vision_cfg"]["timm_model_name"] == "hf-hub:someone/model"
+    uploaded = tmp_path / "uploaded"
+    uploaded.mkdir()
+    for name, content in hub.files.items():
+        (uploaded / name).write_bytes(content)
+    for place in (folder, uploaded):
+        subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=place, check=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"a.ckpt", "out", "uploaded"}
+
+
+@pytest.mark.parametrize(
+    "error", [ConnectionError("no route"), huggingface_hub.errors.LocalTokenNotFoundError("log in first")]
+)
+def test_a_push_that_fails_leaves_the_folder_and_says_why(
+    tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    save_checkpoint(tmp_path / "a.ckpt")
+    hub.error = error
+    arguments = ["export", str(tmp_path / "a.ckpt"), "--output", str(tmp_path / "out")]
+    assert main([*arguments, "--push", "someone/model"]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"out is written, but not pushed to someone/model: {error}" in line
+    assert names_in(tmp_path / "out") == TIMM_FILES
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--push", "model"], "push must be ORG/NAME, got model"),
+        (["--push", "a/b/c"], "push must be ORG/NAME, got a/b/c"),
+        (["--private"], "private needs push"),
+        (["--license", ""], "license must be an identifier on one line"),
+        (["--ema"], "has no moving average of its weights: ema needs ema_decay"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], hub: Hub, options: list[str], message: str
+) -> None:
+    save_checkpoint(tmp_path / "a.ckpt")
+    assert message in fails(tmp_path, capsys, *options)
+    assert hub.repositories == {}
+
+
+def spoil(tmp_path: Path) -> None:
+    (tmp_path / "a.ckpt").write_bytes(b"not a checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [(lambda path: None, "a.ckpt does not exist"), (spoil, "a.ckpt is not readable")],
+)
+def test_bad_checkpoints_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], prepare: Callable[[Path], None], message: str
+) -> None:
+    prepare(tmp_path)
+    assert message in fails(tmp_path, capsys)
+
+
+def test_models_of_others_are_not_exported(tmp_path: Path, exported: tuple[Path, Any]) -> None:
+    with pytest.raises(ValueError, match=r"export takes a checkpoint of stablerep fit .*, a model of timm"):
+        run(ExportConfig(checkpoint=str(exported[0]), output=str(tmp_path / "out")))
+
+
+def test_checkpoint_may_be_an_option_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_checkpoint(tmp_path / "a.ckpt")
+    arguments = [f"--output={tmp_path / 'out'}", "--checkpoint", str(tmp_path / "a.ckpt")]
+    assert main(["export", *arguments, "--print_config"]) == 0
+    (tmp_path / "export.yaml").write_text(capsys.readouterr().out)
+    assert main(["export", "--config", str(tmp_path / "export.yaml")]) == 0
+    assert names_in(tmp_path / "out") == TIMM_FILES
+
+
+def test_missing_output_is_a_usage_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(tmp_path / "a.ckpt")]) == 2
+    assert capsys.readouterr().err == "stablerep export: error: missing --output\n"
