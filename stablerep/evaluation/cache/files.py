@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import re
+import secrets
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 SUFFIX = ".safetensors"
-TEMPORARY_SUFFIX = ".tmp"
 DIGESTS_FOLDER = "digests"
+# Only these are ever listed or removed, should the folder hold other things.
+CACHED_NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
+DIGESTS_NAME = re.compile(r"[0-9a-f]{32}\.parquet")
+TEMPORARY_NAME = re.compile(r"\.([0-9a-f]{64}\.safetensors|[0-9a-f]{32}\.parquet)\.[0-9]+\.[0-9a-f]+\.tmp")
 SCHEMA_VERSION = 1
 
 _DIGEST = "sha256"
@@ -76,15 +81,20 @@ class CachedFile:
         return self.path.name.removesuffix(SUFFIX)
 
 
-def list_files(folder: Path, suffix: str = SUFFIX) -> list[CachedFile]:
-    """The cache's files, the last used first; none where the folder is missing."""
+def temporary_name(name: str) -> str:
+    """What a file is called until it is whole: a name of this process and call alone."""
+    return f".{name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+
+
+def list_files(folder: Path, name: re.Pattern[str] = CACHED_NAME) -> list[CachedFile]:
+    """The cache's files of such a name, the last used first; none where the folder is missing."""
     files = []
     try:
         entries = list(os.scandir(folder))
     except FileNotFoundError:
         return []
     for entry in entries:
-        if entry.name.endswith(suffix) and entry.is_file():
+        if name.fullmatch(entry.name) and entry.is_file():
             status = entry.stat()
             files.append(CachedFile(Path(entry.path), status.st_size, status.st_mtime))
     return sorted(files, key=lambda file: (-file.last_used, file.path.name))

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from stablerep.evaluation.cache.files import DIGESTS_FOLDER
+from stablerep.evaluation.cache.files import DIGESTS_FOLDER, temporary_name
 from stablerep.evaluation.features import digest_images
 from stablerep.evaluation.sets.labelled import FileRange, LabelledImage, LabelledSet
 
@@ -107,7 +107,7 @@ class KnownDigests:
         for place, (state, sha256) in self._digests.items():
             for name, value in {**place._asdict(), **state._asdict(), "sha256": sha256}.items():
                 columns[name].append(value)
-        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
+        temporary = self._path.with_name(temporary_name(self._path.name))
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             table = pa.table(columns, schema=_SCHEMA)

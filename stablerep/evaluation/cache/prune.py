@@ -7,7 +7,8 @@ from pathlib import Path
 
 from stablerep.evaluation.cache.files import (
     DIGESTS_FOLDER,
-    TEMPORARY_SUFFIX,
+    DIGESTS_NAME,
+    TEMPORARY_NAME,
     CachedFile,
     default_cache_folder,
     format_bytes,
@@ -57,10 +58,10 @@ def run(config: PruneConfig) -> int:
     leftovers = [
         file
         for place in (folder, folder / DIGESTS_FOLDER)
-        for file in list_files(place, TEMPORARY_SUFFIX)
+        for file in list_files(place, TEMPORARY_NAME)
         if time.time() - file.last_used > _DAY_SECONDS
     ]
-    notes = list_files(folder / DIGESTS_FOLDER, ".parquet") if config.everything else []
+    notes = list_files(folder / DIGESTS_FOLDER, DIGESTS_NAME) if config.everything else []
     if not config.dry_run:
         for file in (*chosen, *leftovers, *notes):
             file.path.unlink(missing_ok=True)

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import platform
-import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -28,9 +27,9 @@ from stablerep import distributed
 from stablerep.evaluation.cache.files import (
     SCHEMA_VERSION,
     SUFFIX,
-    TEMPORARY_SUFFIX,
     DamagedFileError,
     digest_content,
+    temporary_name,
     verify_file,
 )
 from stablerep.evaluation.features import (
@@ -161,7 +160,7 @@ class FeatureCache:
             description: What people are told of the file: model, data, split.
         """
         path = self.path(key)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
+        temporary = path.with_name(temporary_name(path.name))
         try:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,13 @@ import pytest
 import torch
 
 from stablerep.evaluation.cache import ls, prune, verify
-from stablerep.evaluation.cache.files import default_cache_folder, format_bytes, format_table, list_files
+from stablerep.evaluation.cache.files import (
+    default_cache_folder,
+    format_bytes,
+    format_table,
+    list_files,
+    temporary_name,
+)
 from stablerep.evaluation.cache.store import FeatureCache, FeatureKey
 from stablerep.evaluation.features import Features
 
@@ -110,8 +116,8 @@ def test_prune_removes_what_was_used_least_recently(
 
 
 def test_prune_removes_what_a_killed_process_left(cache: FeatureCache) -> None:
-    old, new = (cache.folder / f".{name}.safetensors.1.tmp" for name in ("old", "new"))
-    notes = cache.folder / "digests" / "x.parquet"
+    old, new = (cache.folder / temporary_name(f"{letter * 64}.safetensors") for letter in "ab")
+    notes = cache.folder / "digests" / f"{'c' * 32}.parquet"
     notes.parent.mkdir()
     for path in (old, new, notes):
         path.write_bytes(b"x")
@@ -120,6 +126,17 @@ def test_prune_removes_what_a_killed_process_left(cache: FeatureCache) -> None:
     assert [path.exists() for path in (old, new, notes)] == [False, True, True]
     assert prune.run(prune.PruneConfig(str(cache.folder), everything=True)) == 0
     assert [path.exists() for path in (new, notes)] == [True, False]
+
+
+def test_files_of_others_are_left_alone(cache: FeatureCache) -> None:
+    """Should somebody name a folder of models as the cache."""
+    model, table = cache.folder / "model.safetensors", cache.folder / "digests" / "captions.parquet"
+    table.parent.mkdir()
+    for path in (model, table):
+        path.write_bytes(b"x")
+    assert verify.run(verify.VerifyConfig(str(cache.folder), remove=True)) == 0
+    assert prune.run(prune.PruneConfig(str(cache.folder), everything=True)) == 0
+    assert [path.name for path in cache.folder.glob("**/*.*")] == ["model.safetensors", "captions.parquet"]
 
 
 def test_prune_needs_to_be_told_what() -> None:

@@ -1,5 +1,6 @@
 """What the bytes of a split are: the content counts, whatever names and times say."""
 
+import dataclasses
 import hashlib
 import os
 import shutil
@@ -7,12 +8,20 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from datasets import Dataset
+from datasets import Features as HubFeatures
+from datasets import Image as HubImage
+from PIL import Image
 
 from stablerep.evaluation.cache import fingerprint
 from stablerep.evaluation.cache.fingerprint import KnownDigests, digest_contents, fingerprint_set
 from stablerep.evaluation.features import ExtractionSettings, extract_features
 from stablerep.evaluation.sets import LabelledImage, LabelledSet, read_labelled_set
+from stablerep.evaluation.sets.hugging_face import TableRow
+from stablerep.evaluation.sets.labelled import build_set
+from stablerep.evaluation.sets.torchvision_sets import DatasetItem
 from tests.stablerep.datasets import write_dataset
 from tests.stablerep.evaluation.fake_model import FakeModel
 
@@ -64,6 +73,29 @@ def test_the_fingerprint_is_the_digest_that_features_will_have(
             features = extract_features(model, images, dataset, settings, description="x")
             assert features is not None
             assert features.digest == found[split]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_the_same_holds_for_images_that_libraries_hold(
+    tmp_path: Path,
+    model: FakeModel,
+    settings: ExtractionSettings,
+    num_workers: int,
+    encode_image: Callable[[str, int], bytes],
+) -> None:
+    files = [{"bytes": encode_image("red", number), "path": None} for number in range(5)]
+    table = Dataset.from_dict({"image": files}, features=HubFeatures({"image": HubImage(decode=False)}))
+    array = [(Image.fromarray(np.full((20, 24), number, dtype=np.uint8)), 0) for number in range(5)]
+    images = [
+        *(LabelledImage(f"table/{row}", (0,), TableRow(table, row)) for row in range(5)),
+        *(LabelledImage(f"array/{row}", (0,), DatasetItem(array, row)) for row in range(5)),
+    ]
+    dataset = build_set("x", "captions", ["a"], {"test": images})
+    settings = dataclasses.replace(settings, num_workers=num_workers)
+    features = extract_features(model, images, dataset, settings, description="x")
+    assert features is not None
+    assert features.digest == fingerprint_set(dataset, tmp_path / "cache")["test"]
+    assert not (tmp_path / "cache").exists()
 
 
 def test_names_labels_and_bytes_make_the_fingerprint_and_the_place_does_not(
