@@ -12,6 +12,7 @@ import logging
 import os
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -36,15 +37,20 @@ class NonFiniteWeightsError(ValueError):
 
 
 class _HashingFile:
-    """Writes through to a file, and hashes what passes."""
+    """Writes through to a file, hashes what passes, and keeps its error: torch raises another over it."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self.sha256 = hashlib.sha256()
+        self.error: OSError | None = None
 
     def write(self, block: bytes) -> int:
         self.sha256.update(block)
-        return self._file.write(block)
+        try:
+            return self._file.write(block)
+        except OSError as error:
+            self.error = self.error or error
+            raise
 
     def flush(self) -> None:
         self._file.flush()
@@ -70,17 +76,20 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 f"{name} is not finite at step {checkpoint.get('global_step')}: no checkpoint is written"
             )
         final = Path(path)
-        final.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(final.parent)
         temporary = final.with_name(f".{final.name}.tmp")
         try:
             with temporary.open("w+b") as file:
                 hashing = _HashingFile(file)
-                torch.save(checkpoint, cast(IO[bytes], hashing))  # write and flush are all it calls
+                try:
+                    torch.save(checkpoint, cast(IO[bytes], hashing))  # write and flush are all it calls
+                except RuntimeError as error:
+                    raise (hashing.error or error) from None
                 _write_trailer(file, hashing.sha256.hexdigest())
                 file.flush()
                 os.fsync(file.fileno())
             if final.exists():
-                os.replace(final, final.with_name(PREVIOUS_NAME))
+                _keep_as_previous(final)
             os.replace(temporary, final)
             _flush_folder(final.parent)
         finally:
@@ -97,8 +106,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 or damaged, of another model, or without the state of a training to go on from.
         """
         refuse_web_address(path)
-        if read_recorded_sha256(Path(path)) is not None:
-            verify_checkpoint(Path(path))
+        _verify_if_recorded(Path(path))
         checkpoint = read_checkpoint(Path(path))
         if missing := sorted(_TRAINING_STATE - checkpoint.keys()):
             raise ValueError(f"checkpoint {path} holds weights alone: no {missing[0]} to resume from")
@@ -123,8 +131,7 @@ def find_checkpoint(ckpt_path: str | None, output: Path) -> str | None:
         refuse_web_address(ckpt_path)
         if not Path(ckpt_path).is_file():
             raise FileNotFoundError(f"checkpoint {ckpt_path} does not exist")
-        if read_recorded_sha256(Path(ckpt_path)) is not None:
-            verify_checkpoint(Path(ckpt_path))  # a sharded strategy reads it by itself
+        _verify_if_recorded(Path(ckpt_path))
         return ckpt_path
     damaged: list[str] = []
     for path in list_checkpoints(output):
@@ -135,7 +142,6 @@ def find_checkpoint(ckpt_path: str | None, output: Path) -> str | None:
             continue
         for message in damaged:
             logger.warning("%s", message)
-        logger.info("going on from %s", path)
         return str(path)
     if damaged:
         raise ValueError(f"ckpt_path is {ckpt_path}, but {damaged[0]}, and no whole one is left")
@@ -145,11 +151,49 @@ def find_checkpoint(ckpt_path: str | None, output: Path) -> str | None:
 
 
 def list_checkpoints(output: Path) -> list[Path]:
-    """The checkpoints of the runs `output`, `output-2`, …, the newest first."""
-    later = [path for path in output.parent.glob("*") if _is_later_run(path.name, output.name)]
-    folders = [run / LAST_CHECKPOINT.parent for run in (output, *later)]
+    """The checkpoints of the runs `output`, `output-2`, …, the newest first.
+
+    By name, not by the files' times: a copy or a restored backup has those of the copying.
+    """
+    folders = [run / LAST_CHECKPOINT.parent for run in reversed(list_runs(output))]
     paths = [folder / name for folder in folders for name in (LAST_CHECKPOINT.name, PREVIOUS_NAME)]
-    return sorted(filter(Path.is_file, paths), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    return list(filter(Path.is_file, paths))
+
+
+def list_runs(output: Path) -> list[Path]:
+    """The folders `output`, `output-2`, `output-3`, … that are there, the newest last."""
+    numbers = {output: 1} if output.exists() else {}
+    for path in output.parent.glob("*"):
+        number = path.name.removeprefix(f"{output.name}-")
+        if number != path.name and number.isdecimal():  # and not another run whose name begins alike
+            numbers[path] = int(number)
+    return sorted(numbers, key=lambda path: numbers[path])
+
+
+def drop_superseded(resumed_from: Path, own: Path) -> None:
+    """Removes `previous.ckpt` of the run that went on as this one, when this one has two checkpoints itself.
+
+    A job that is put back into the queue again and again would fill the disk. `last.ckpt` of each stays.
+
+    Args:
+        resumed_from: The checkpoint that this run went on from.
+        own: `last.ckpt` of this run.
+    """
+    former, run = resumed_from.parent.parent, own.parent.parent
+    is_whole = resumed_from.name == LAST_CHECKPOINT.name and own.with_name(PREVIOUS_NAME).exists()
+    if (
+        is_whole
+        and former.parent.resolve() == run.parent.resolve()
+        and _first_name(former) == _first_name(run)
+    ):
+        with suppress(OSError):  # the disk is somebody else's to tidy then
+            resumed_from.with_name(PREVIOUS_NAME).unlink(missing_ok=True)
+
+
+def _first_name(run: Path) -> str:
+    """`output` of `output-3`."""
+    name, _, number = run.name.rpartition("-")
+    return name if name and number.isdecimal() else run.name
 
 
 def verify_checkpoint(path: Path) -> None:
@@ -173,6 +217,12 @@ def verify_checkpoint(path: Path) -> None:
         raise ValueError(
             f"checkpoint {path} is damaged: sha256 {sha256.hexdigest()[:16]}…, recorded {recorded[:16]}…"
         )
+
+
+def _verify_if_recorded(path: Path) -> None:
+    """Files of other programs record none."""
+    if read_recorded_sha256(path) is not None:
+        verify_checkpoint(path)
 
 
 def read_recorded_sha256(path: Path) -> str | None:
@@ -226,6 +276,26 @@ def _write_trailer(file: IO[bytes], sha256: str) -> None:
     file.write(_COMMENT_LENGTH.pack(len(comment)) + comment)
 
 
+def _keep_as_previous(final: Path) -> None:
+    """Gives `final` its second name, so that there is a `last.ckpt` at every moment."""
+    previous, temporary = final.with_name(PREVIOUS_NAME), final.with_name(f".{PREVIOUS_NAME}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(final, temporary)
+    except OSError:  # a file system without second names
+        os.replace(final, previous)
+        return
+    os.replace(temporary, previous)
+
+
+def _make_folder(folder: Path) -> None:
+    """Makes a folder whose name, and that of the folder above, outlive a power cut."""
+    if not folder.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        for above in (folder.parent, folder.parent.parent):
+            _flush_folder(above)
+
+
 def _flush_folder(folder: Path) -> None:
     """So that the new name, too, outlives a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -233,8 +303,3 @@ def _flush_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _is_later_run(name: str, first: str) -> bool:
-    """Whether it is `first-2`, `first-3`, …, and not another run whose name begins alike."""
-    return name.startswith(f"{first}-") and name.removeprefix(f"{first}-").isdecimal()

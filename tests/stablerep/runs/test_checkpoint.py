@@ -2,6 +2,7 @@ import hashlib
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import zipfile
 from multiprocessing.synchronize import Event
@@ -14,6 +15,7 @@ import torch
 from stablerep.runs.checkpoint import (
     AtomicCheckpointIO,
     NonFiniteWeightsError,
+    drop_superseded,
     find_checkpoint,
     find_non_finite,
     list_checkpoints,
@@ -88,15 +90,43 @@ def test_two_checkpoints_are_kept(tmp_path: Path) -> None:
     assert [read_step(path.with_name(name)) for name in kept] == [3, 2]
 
 
-def test_last_is_the_newest_of_all_runs_of_the_output(tmp_path: Path) -> None:
-    ages = {"run": 2, "run-2": 1, "run-3": 3, "run-simclr": 0, "run-2-long": 0, "other": 0}
+def test_last_is_that_of_the_latest_run_whatever_the_times_of_the_files(tmp_path: Path) -> None:
+    ages = {"run": 0, "run-2": 1, "run-10": 2, "run-simclr": 0, "run-2-long": 0, "other": 0}
     for name, age in ages.items():
-        save(tmp_path / name / "checkpoints" / "last.ckpt", step=age, age_seconds=age)
-    expected = [tmp_path / name / "checkpoints" / "last.ckpt" for name in ("run-2", "run", "run-3")]
+        for step in range(2):
+            save(tmp_path / name / "checkpoints" / "last.ckpt", step)
+        os.utime(tmp_path / name / "checkpoints" / "last.ckpt", (1e9 - age, 1e9 - age))  # as copies have it
+    expected = [
+        tmp_path / name / "checkpoints" / file
+        for name in ("run-10", "run-2", "run")
+        for file in ("last.ckpt", "previous.ckpt")
+    ]
     assert list_checkpoints(tmp_path / "run") == expected
     assert find_checkpoint("last", tmp_path / "run") == str(expected[0])
     assert find_checkpoint("auto", tmp_path / "run") == str(expected[0])
     assert find_checkpoint(None, tmp_path / "run") is None
+
+
+@pytest.mark.parametrize(
+    ("former", "own", "num_own", "expected"),
+    [
+        ("run", "run-2", 2, ["last.ckpt"]),
+        ("run-2", "run-3", 2, ["last.ckpt"]),
+        ("run", "run-2", 1, ["last.ckpt", "previous.ckpt"]),
+        ("other", "run-2", 2, ["last.ckpt", "previous.ckpt"]),
+        ("elsewhere/run", "run-2", 2, ["last.ckpt", "previous.ckpt"]),
+    ],
+)
+def test_a_run_that_went_on_in_another_keeps_one_checkpoint(
+    former: str, own: str, num_own: int, expected: list[str], tmp_path: Path
+) -> None:
+    paths = [tmp_path / name / "checkpoints" / "last.ckpt" for name in (former, own)]
+    for path, number in zip(paths, [2, num_own], strict=True):
+        for step in range(number):
+            save(path, step)
+    drop_superseded(*paths)
+    assert sorted(path.name for path in paths[0].parent.iterdir()) == expected
+    assert len(list(paths[1].parent.iterdir())) == num_own
 
 
 def test_last_falls_back_to_the_newest_whole_one_and_says_so(
@@ -177,6 +207,42 @@ def test_failed_write_leaves_the_older_checkpoints_alone(
     assert {other.name: read_step(other) for other in tmp_path.iterdir()} == {
         "last.ckpt": 2,
         "previous.ckpt": 1,
+    }
+
+
+def test_full_disk_is_named_and_not_what_torch_makes_of_it(tmp_path: Path) -> None:
+    path = save(tmp_path / "last.ckpt", step=1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            AtomicCheckpointIO().save_checkpoint(build_checkpoint(step=2, size=100_000), path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {other.name: read_step(other) for other in tmp_path.iterdir()} == {"last.ckpt": 1}
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_there_is_a_last_checkpoint_at_every_moment(
+    has_links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(source: Path, target: Path) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    def replace(source: Path, target: Path) -> None:
+        seen.append(path.exists())
+        rename(source, target)
+        seen.append(path.exists())
+
+    path, seen, rename = save(save(tmp_path / "last.ckpt", step=1), step=2), list[bool](), os.replace
+    monkeypatch.setattr(os, "replace", replace)
+    if not has_links:
+        monkeypatch.setattr(os, "link", refuse)
+    save(path, step=3)
+    assert all(seen) is has_links
+    assert {other.name: read_step(other) for other in tmp_path.iterdir()} == {
+        "last.ckpt": 3,
+        "previous.ckpt": 2,
     }
 
 
