@@ -54,7 +54,7 @@ VERBS: dict[str, Verb] = {
     ),
     "fit": Verb("stablerep.fit", None, "train a vision transformer on shards"),
     "evaluate": Verb(
-        "stablerep.evaluation.evaluate", "EvaluateConfig", "linear probe and k-NN of a checkpoint"
+        "stablerep.evaluation.evaluate", None, "a frozen model under the field's protocols; a report"
     ),
     "export": Verb(
         "stablerep.export.export", None, "weights where timm, transformers and open_clip load them"
@@ -82,6 +82,8 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         if name is None:
             return _answer_without_verb(words)
+        if name == "fit" and args is None:  # a process of its own: what stops a run may come while it starts
+            importlib.import_module("stablerep.runs.signals").hold_signals()
         return _run_verb(name, words[1:])
     except SystemExit as exit_:
         return exit_.code if isinstance(exit_.code, int) else EXIT_OK if exit_.code is None else EXIT_FAILURE

@@ -1,8 +1,8 @@
 """The data module: which datasets, in which steps, and where a run goes on.
 
-stablerep.data.order      the captions of each step
-stablerep.data.sources    where images lie, and their bytes; verified before use
-stablerep.data.stream          steps to batches, in the workers
+stablerep.data.order     the captions of each step
+stablerep.data.sources   where images lie, and their bytes; verified before use
+stablerep.data.stream    steps to batches, in the workers
 """
 
 import hashlib
@@ -24,6 +24,7 @@ from stablerep.data.resuming import align_trainer
 from stablerep.data.sources import ON_THIS_MACHINE, CacheConfig, ShardedDataset
 from stablerep.data.stream import DROP_REASONS, Positives, StepStream, ViewConfig, colour_batch
 from stablerep.data.tally import Tally
+from stablerep.runs.signals import obey_parent_alone, without_signals
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ class StepLoader:
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=obey_parent_alone,
         )
 
     def __len__(self) -> int:
@@ -73,7 +75,9 @@ class StepLoader:
         if self._loader is None:
             raise RuntimeError("the loader is closed")
         self._stream.start_at(self.position_after(self._num_steps))
-        for batch in self._loader:
+        with without_signals():
+            batches = iter(self._loader)  # starts the workers
+        for batch in batches:
             self._num_steps += 1
             yield batch
 
@@ -108,7 +112,8 @@ class MultiPositiveDataModule(pl.LightningDataModule):
             replacement from the caption's images when they are the positives.
         image_size: Side of a view, pixels.
         positives: "caption" makes different images of a caption each other's positives (StableRep), "image"
-            crops one of them several times (SimCLR), "class" takes labels from the tars (SupCon).
+            crops one of them several times (SimCLR), "class" takes labels from the tars (SupCon); of several
+            roots, class 3 of one is class 3 of the others.
         augmentation: Distribution of the views.
         num_workers: Worker processes of each rank that decode and crop, >= 0.
         num_captions_in_shuffle_window: Captions that lie side by side in the shards and are shuffled among
@@ -156,6 +161,11 @@ class MultiPositiveDataModule(pl.LightningDataModule):
                 raise ValueError(f"{name} must be >= {bound}, got {value}")
         if not 0 <= error_budget_fraction < 1:
             raise ValueError(f"error_budget_fraction must be in [0, 1), got {error_budget_fraction}")
+        if augmentation.blur_probability > 0 and augmentation.blur_kernel_size >= 2 * image_size:
+            raise ValueError(
+                f"blur_kernel_size must be < {2 * image_size}, twice the image_size, "
+                f"got {augmentation.blur_kernel_size}"
+            )
         if bool(root) == bool(roots):
             raise ValueError(f"one of root and roots must be given, got root {root!r} and roots {roots}")
         self.roots = roots or [WeightedRoot(root)]
@@ -324,9 +334,9 @@ class MultiPositiveDataModule(pl.LightningDataModule):
             distributed.raise_together(ValueError(batch["error"]) if "error" in batch else None)
         if batch["epoch"] != self._tally.epoch:
             self._tally, self._first_drop = Tally(batch["epoch"]), ""
-        if batch["first_drop"]:
-            self._first_drop = self._first_drop or batch["first_drop"]
-            logger.warning("dropped: %s", batch["first_drop"])
+        for message in batch["drops"]:
+            self._first_drop = self._first_drop or message
+            logger.warning("dropped: %s", message)
         self._tally.add(self._num_captions_per_step, dropped)
         if self._tally.num_dropped_in_all > self.error_budget_fraction * self.order.num_captions:
             self._stop()

@@ -23,10 +23,16 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 import yaml
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins.environments import (
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -36,8 +42,9 @@ from stablerep.callbacks import FitProgressBar, Throughput, ViewGrid
 from stablerep.datamodule import MultiPositiveDataModule
 from stablerep.distributed import launch
 from stablerep.distributed.data_parallel import SettledDDPStrategy
+from stablerep.distributed.sharding import ShardedStrategy
 from stablerep.module import StableRep
-from stablerep.runs.checkpoint import LAST_CHECKPOINT, AtomicCheckpointIO, find_checkpoint
+from stablerep.runs.checkpoint import LAST_CHECKPOINT, AtomicCheckpointIO, find_checkpoint, list_runs
 from stablerep.runs.state import RunCheckpoints, SeedSteps
 from stablerep.runs.stopping import StoppedEarly
 
@@ -58,6 +65,8 @@ _DEFAULTS_OF_EPOCHS = {
     "reload_dataloaders_every_n_epochs": 0,
     "fast_dev_run": False,
 }
+_EXACT_STRATEGIES = (SettledDDPStrategy, ShardedStrategy)
+_MEETING_PLACE = ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
 _RUN_FILES = ("config.yaml", "metrics.csv", "checkpoints")
 
 _EXPECTED_WARNINGS = (
@@ -88,7 +97,7 @@ class FitCLI(LightningCLI):
             "--output",
             type=str,
             default="runs/fit",
-            help="folder of the run; -2, -3, … is added if it is taken",
+            help="folder of the run; -2, -3, … is added if it is taken, one more than the last that is there",
         )
         parser.add_argument(
             "--ckpt_path",
@@ -104,7 +113,8 @@ class FitCLI(LightningCLI):
             "--rank_timeout_seconds",
             type=float,
             default=300.0,  # torch's half an hour is what a hang would cost
-            help="for how long a rank waits for the others, > 0",
+            help="for how long a rank waits for the others, in [1, 1e6]: for one that hangs, and also while "
+            "they start or open the data, and while the first one saves or measures a probe",
         )
         parser.add_argument(
             "--config_version", type=int, default=CONFIG_VERSION, help="version of the options, not to be set"
@@ -118,9 +128,10 @@ class FitCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Settles the run's folder and the checkpoint, before anything is built."""
-        for name, bound in [("checkpoint_every_n_steps", 1), ("rank_timeout_seconds", 1e-3)]:
-            if not (value := self.config[name]) >= bound:
-                raise ValueError(f"{name} must be >= {bound}, got {value}")
+        if (every := self.config.checkpoint_every_n_steps) < 1:
+            raise ValueError(f"checkpoint_every_n_steps must be >= 1, got {every}")
+        if not 1 <= (seconds := self.config.rank_timeout_seconds) <= 1e6:
+            raise ValueError(f"rank_timeout_seconds must be in [1, 1e6], got {seconds}")
         check_config_version(self.config.config_version, "the command line")
         check_trainer(self.config.trainer)
         output = Path(self.config.output)
@@ -142,7 +153,13 @@ class FitCLI(LightningCLI):
             ]
         num_ranks = count_devices(trainer) * trainer.num_nodes
         if trainer.strategy == "ddp" or (trainer.strategy == "auto" and num_ranks > 1):
-            kwargs["strategy"] = SettledDDPStrategy(timeout=timeout)
+            kwargs["strategy"] = SettledDDPStrategy()
+        elif trainer.strategy != "auto" and not isinstance(trainer.strategy, _EXACT_STRATEGIES):
+            named = [f"{strategy.__module__}.{strategy.__name__}" for strategy in _EXACT_STRATEGIES]
+            raise ValueError(
+                f"trainer.strategy must be auto, ddp or a class_path, {' or '.join(named)}, with which a run "
+                f"goes on exactly, got {trainer.strategy}"
+            )
         self.checkpoints = RunCheckpoints(
             self.run_folder,
             self.config.checkpoint_every_n_steps,
@@ -156,7 +173,10 @@ class FitCLI(LightningCLI):
         has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
         if trainer.enable_progress_bar is not False and not has_bar:
             callbacks.append(FitProgressBar())
-        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        built = super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        if isinstance(built.strategy, _EXACT_STRATEGIES):
+            built.strategy._timeout = timeout
+        return built
 
     @property
     def num_ranks_to_start(self) -> int:
@@ -179,6 +199,7 @@ class FitCLI(LightningCLI):
     def fit(self) -> int:
         """Trains as one rank; returns the exit code."""
         on_interrupt = signal.getsignal(signal.SIGINT)
+        self.checkpoints.stop.install()
         try:
             self.trainer.fit(
                 self.model, datamodule=self.datamodule, ckpt_path=self.ckpt_path, weights_only=True
@@ -186,16 +207,23 @@ class FitCLI(LightningCLI):
         except StoppedEarly as stop:
             if self.trainer.is_global_zero:
                 print(f"stablerep fit: stopped by {stop}", file=sys.stderr)
-            return EXIT_UNFINISHED
+            return EXIT_UNFINISHED if stop.can_go_on else EXIT_FAILED
         except SystemExit as end:  # what Lightning makes of Ctrl-C, which it then ignores
             if not self.trainer.interrupted:
                 raise
-            signal.signal(signal.SIGINT, on_interrupt)
+            if not launch.is_started_by_us():  # else it may come twice, from the terminal and from the parent
+                signal.signal(signal.SIGINT, on_interrupt)
             raise KeyboardInterrupt from end
         finally:
             self.checkpoints.close()
+        if not self.trainer.is_global_zero:
+            return 0
+        if not self.checkpoints.has_begun:
+            print(
+                f"nothing left to do: {self.ckpt_path} is at step {self.trainer.global_step}", file=sys.stderr
+            )
         path = self.run_folder / LAST_CHECKPOINT
-        if self.trainer.is_global_zero and path.exists():
+        if path.exists():
             print(f"checkpoint: {path}")
         return 0
 
@@ -218,23 +246,19 @@ def main(args: list[str]) -> int:
             return _run(args)
         except MisconfigurationException as error:
             raise ValueError(" ".join(str(error).split())) from error
+        except dist.DistError as error:  # before there is a group; one line a machine is enough
+            if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) != "0":
+                return EXIT_FAILED
+            where = ":".join(os.environ.get(name, "") for name in _MEETING_PLACE[1:])
+            raise ConnectionError(
+                f"the ranks did not meet at {where} within --rank_timeout_seconds "
+                f"({' '.join(str(error).split())[:160]}…)"
+            ) from error
 
 
 def _run(args: list[str]) -> int:
-    check_config_files(args)
-    cli = FitCLI(
-        StableRep,
-        MultiPositiveDataModule,
-        args=args,
-        run=False,
-        parser_class=FitParser,
-        parser_kwargs={"prog": "stablerep fit", "description": "Train a vision transformer on shards."},
-        save_config_kwargs={"overwrite": True},  # the folder is the run's own
-        seed_everything_default=0,
-        trainer_defaults={"log_every_n_steps": 10, "enable_model_summary": False},
-        auto_configure_optimizers=False,
-        load_from_checkpoint_support=False,  # the module saves plain types itself
-    )
+    cli = build_cli(args)
+    check_ranks(cli.trainer)
     if cli.num_ranks_to_start:
         return cli.start_ranks(args)
     if launch.is_started_by_us():
@@ -251,9 +275,34 @@ def _run(args: list[str]) -> int:
         raise
 
 
+def build_cli(args: list[str]) -> FitCLI:
+    """Data, model and trainer as `args` say.
+
+    Raises:
+        ValueError: If they are set to what cannot be.
+        OSError: If what is to be resumed is missing, or the output cannot be written.
+    """
+    check_config_files(args)
+    return FitCLI(
+        StableRep,
+        MultiPositiveDataModule,
+        args=args,
+        run=False,
+        parser_class=FitParser,
+        parser_kwargs={"prog": "stablerep fit", "description": "Train a vision transformer on shards."},
+        save_config_kwargs={"overwrite": True},  # the folder is the run's own
+        seed_everything_default=0,
+        trainer_defaults={"log_every_n_steps": 10, "enable_model_summary": False},
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,  # the module saves plain types itself
+    )
+
+
 def _fail_as_rank(error: Exception) -> int:
     """Raises the error of the rank that failed first; the others, which it took along, say nothing."""
     if isinstance(error, distributed.FailedElsewhereError):
+        return EXIT_FAILED
+    if distributed.is_lost_rank(error) and _has_first_rank_left():
         return EXIT_FAILED
     if not distributed.tell_failure(error).startswith(f"rank {distributed.rank()}:"):
         return EXIT_FAILED
@@ -265,6 +314,19 @@ def _fail_as_rank(error: Exception) -> int:
     raise error
 
 
+def _has_first_rank_left() -> bool:
+    """Whether the store has gone with rank 0, as under torchrun and Slurm: it, or they, have said why."""
+    if launch.is_started_by_us() or distributed.rank() == 0:
+        return False
+    try:
+        dist.distributed_c10d._get_default_store().check(["stablerep/failure"])
+    except dist.DistNetworkError:
+        return True
+    except RuntimeError:  # it does not answer
+        pass
+    return False
+
+
 def check_config_files(args: Sequence[str]) -> None:
     """Looks at the version of each config file, before its options are read.
 
@@ -273,10 +335,12 @@ def check_config_files(args: Sequence[str]) -> None:
     """
     following = [*args[1:], ""]
     for arg, after in zip(args, following, strict=True):
-        name, equals, value = arg.partition("=")
-        if name not in ("--config", "-c"):
+        if arg.startswith("-c"):  # argparse takes `-c FILE`, `-cFILE` and `-c=FILE`
+            path = arg.removeprefix("-c").removeprefix("=") or after
+        elif arg.partition("=")[0] == "--config":
+            path = arg.partition("=")[2] or after
+        else:
             continue
-        path = value if equals else after
         try:
             values = yaml.safe_load(Path(path).read_text())
         except (OSError, ValueError, yaml.YAMLError):
@@ -299,12 +363,16 @@ def check_config_version(version: Any, where: str) -> None:
 
 
 def choose_run_folder(output: Path) -> Path:
-    """`output`, or the first of `output-2`, `output-3`, … that holds nothing which a run would replace."""
-    folder, number = output, 1
-    while any((folder / name).exists() for name in _RUN_FILES):
-        number += 1
-        folder = output.with_name(f"{output.name}-{number}")
-    return folder
+    """`output`, or `output-2`, …: one more than the last that holds what a run would replace.
+
+    So a later run has a larger number, whichever were removed.
+    """
+    runs = list_runs(output)
+    taken = [run for run in runs if any((run / name).exists() for name in _RUN_FILES)]
+    if not taken:
+        return output
+    number = 1 if taken[-1] == output else int(taken[-1].name.removeprefix(f"{output.name}-"))
+    return output.with_name(f"{output.name}-{number + 1}")
 
 
 def check_trainer(trainer: Any) -> None:
@@ -322,6 +390,32 @@ def check_trainer(trainer: Any) -> None:
     if trainer.accelerator in ("gpu", "cuda") and not torch.cuda.device_count():
         raise ValueError(
             f"trainer.devices is {trainer.devices}, but there is no accelerator {trainer.accelerator} here"
+        )
+
+
+def check_ranks(trainer: pl.Trainer) -> None:
+    """Refuses to train on another number of ranks than was asked for, or to wait for what nobody starts.
+
+    Raises:
+        ValueError: If torchrun, Slurm or the like have started another number, or several machines are asked
+            for and nothing says which of them this is.
+    """
+    environment: Any = trainer._accelerator_connector.cluster_environment
+    num_devices, num_nodes = trainer.num_devices, trainer.num_nodes
+    if isinstance(environment, LightningEnvironment):
+        missing = [name for name in _MEETING_PLACE if name not in os.environ]
+        if num_nodes > 1 and missing:
+            raise ValueError(
+                f"trainer.num_nodes is {num_nodes}, but {', '.join(missing)} must say which of these "
+                "machines this is and where they meet: configs/launch/ has recipes; --trainer.num_nodes 1 "
+                "trains on this one"
+            )
+    elif (num_started := environment.world_size()) != num_devices * num_nodes:
+        names: dict[Any, str] = {SLURMEnvironment: "Slurm", TorchElasticEnvironment: "torchrun"}
+        raise ValueError(
+            f"trainer.devices x trainer.num_nodes must be {num_started}, the ranks that "
+            f"{names.get(type(environment), type(environment).__name__)} has started, got {num_devices} x "
+            f"{num_nodes}; configs/launch/ has recipes that start one a device"
         )
 
 
@@ -357,9 +451,17 @@ def _show_log_lines() -> None:
         for name in ("lightning.fabric", "lightning.pytorch"):
             logging.getLogger(name).setLevel(logging.WARNING)
     log = logging.getLogger("stablerep")
-    log.setLevel(logging.INFO if os.environ.get("LOCAL_RANK", "0") == "0" else logging.WARNING)
+    log.setLevel(logging.INFO if _is_first_rank() else logging.WARNING)
     if not any(isinstance(handler, _StderrHandler) for handler in log.handlers):
         log.addHandler(_StderrHandler())
+
+
+def _is_first_rank() -> bool:
+    """As torchrun, our own launcher or Slurm have numbered the ranks."""
+    for names in [("RANK",), ("LOCAL_RANK", "NODE_RANK"), ("SLURM_PROCID",)]:
+        if names[0] in os.environ:
+            return all(os.environ.get(name, "0") == "0" for name in names)
+    return True
 
 
 class _StderrHandler(logging.Handler):

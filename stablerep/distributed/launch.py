@@ -2,13 +2,13 @@
 
 Lightning's own launcher makes rank 0 the parent of the others, and within five seconds of another rank's
 death kills it without a word. Here the parent says which rank ended how, hands signals on, and its exit code
-is that of the rank that failed first. torchrun and Slurm start ranks themselves; then nothing here is used.
+is that of the rank that failed first. The ranks' store lives in the parent, so that what a failing rank told
+the others outlives it, whichever it was. torchrun and Slurm start ranks themselves and use nothing of this.
 """
 
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,13 +17,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch.distributed as dist
+
+from stablerep.runs.signals import STOP_SIGNALS
+
 logger = logging.getLogger(__name__)
 
 GRACE_SECONDS = 20.0
 """What is left to the other ranks when one has ended."""
 
 _PARENT = "STABLEREP_PARENT_PIPE"
-_HANDED_ON = (signal.SIGTERM, signal.SIGUSR1)
+_HAS_STORE_ELSEWHERE = "TORCHELASTIC_USE_AGENT_STORE"  # torch's word for ranks that do not host their store
 
 
 def is_started_by_us() -> bool:
@@ -34,6 +38,8 @@ def is_started_by_us() -> bool:
 def run_ranks(command: Sequence[str], num_ranks: int) -> int:
     """Runs a command once a rank, with the environment that Lightning reads, until all have ended.
 
+    Signals to stop are held back in each rank (`stablerep.runs.signals`), and so not lost while it starts.
+
     Args:
         command: Program and arguments, the same for each rank.
         num_ranks: Ranks on this machine. With more machines NODE_RANK, MASTER_ADDR and MASTER_PORT are set.
@@ -42,24 +48,26 @@ def run_ranks(command: Sequence[str], num_ranks: int) -> int:
         0 if all ranks returned 0; else the exit code of the first that did not.
 
     Raises:
+        ConnectionError: If the ranks' meeting place cannot be opened.
         ChildProcessError: If a rank was ended by a signal; names both.
     """
-    read_end, write_end = os.pipe()  # which the ranks hold; its other end closes when this process ends
-    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_find_free_port())}
-    environment |= os.environ | {_PARENT: str(read_end)}
-    ranks = [
-        subprocess.Popen(command, env=environment | {"LOCAL_RANK": str(rank)}, pass_fds=[read_end])
-        for rank in range(num_ranks)
-    ]
-    os.close(read_end)
-    try:
-        with _handing_on_signals(ranks):
+    ranks: list[subprocess.Popen[bytes]] = []
+    with _meeting_place() as port, _handing_on_signals(ranks):
+        read_end, write_end = os.pipe()  # which the ranks hold; its other end closes when this process ends
+        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | os.environ
+        environment |= {_PARENT: str(read_end), _HAS_STORE_ELSEWHERE: str(True)}
+        try:
+            for number in range(num_ranks):
+                of_rank = environment | {"LOCAL_RANK": str(number)}
+                ranks.append(subprocess.Popen(command, env=of_rank, pass_fds=[read_end]))
+            os.close(read_end)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
             return _wait(ranks)
-    finally:
-        os.close(write_end)
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
+        finally:
+            os.close(write_end)
+            for rank in ranks:
+                rank.kill()
+                rank.wait()
 
 
 def watch_parent() -> None:
@@ -75,15 +83,18 @@ def watch_parent() -> None:
 
 def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
     """Waits for all; the others are killed when they outlive a rank that failed by `GRACE_SECONDS`."""
-    failed: dict[int, int] = {}  # rank to exit code, the first that failed first
+    first: tuple[int, int] | None = None  # the rank that failed first, and its exit code
     deadline, interrupted = float("inf"), False
     while True:
         try:
             codes = [rank.poll() for rank in ranks]
-            for rank, code in enumerate(codes):
-                if code and rank not in failed:
-                    failed[rank] = code
-                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+            # Of several at once, the one that left by itself: what it did may have ended the others.
+            failed = sorted(
+                ((rank, code) for rank, code in enumerate(codes) if code), key=lambda rc: rc[1] < 0
+            )
+            if failed and first is None:
+                first = failed[0]
+                deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
             running = [rank for rank, code in enumerate(codes) if code is None]
             if not running or time.monotonic() > deadline:
                 break
@@ -95,24 +106,45 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
         logger.warning("rank %d had not left %.0f s later and was killed", rank, GRACE_SECONDS)
     if interrupted:
         raise KeyboardInterrupt
-    for rank, code in failed.items():
-        if code < 0:
-            raise ChildProcessError(
-                f"rank {rank} was ended by {signal.Signals(-code).name}; --ckpt_path last goes on from the "
-                "last checkpoint"
-            )
-    return next(iter(failed.values()), 0)
+    rank, code = first or (0, 0)
+    if code < 0:
+        raise ChildProcessError(
+            f"rank {rank} was ended by {signal.Signals(-code).name}; --ckpt_path last goes on from the "
+            "last checkpoint"
+        )
+    return code
+
+
+@contextmanager
+def _meeting_place() -> Iterator[int]:
+    """Hosts the store of the ranks of all machines, on the first of them; yields its port."""
+    port = int(os.environ.get("MASTER_PORT", "0"))
+    if int(os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0"))) > 0:
+        yield port
+        return
+    try:
+        store = dist.TCPStore("localhost", port, is_master=True, wait_for_workers=False)
+    except dist.DistError as error:
+        raise ConnectionError(
+            f"MASTER_PORT {port} cannot be opened: {' '.join(str(error).split())}"
+        ) from error
+    yield store.port
+    del store
 
 
 @contextmanager
 def _handing_on_signals(ranks: list[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Hands signals to stop on to the ranks; they are held back, in the ranks too, until let through."""
+
     def hand_on(number: int, frame: Any) -> None:
         _send(ranks, number)
 
-    former = {number: signal.signal(number, hand_on) for number in _HANDED_ON}
+    former_mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    former = {number: signal.signal(number, hand_on) for number in STOP_SIGNALS}
     try:
         yield
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former_mask)
         for number, handler in former.items():
             signal.signal(number, handler)
 
@@ -120,12 +152,6 @@ def _handing_on_signals(ranks: list[subprocess.Popen[bytes]]) -> Iterator[None]:
 def _send(ranks: list[subprocess.Popen[bytes]], number: int) -> None:
     for rank in ranks:
         rank.send_signal(number)  # which has no effect on one that has ended
-
-
-def _find_free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def rank_command(verb: str, args: Sequence[str]) -> list[str]:

@@ -10,7 +10,6 @@ the whole weights and optimizer state, the same as without sharding: a run may g
 
 import warnings
 from collections.abc import Mapping
-from datetime import timedelta
 from typing import Any
 
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
@@ -28,18 +27,10 @@ from torch.optim import Optimizer
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """Lightning's `ModelParallelStrategy` with all ranks in one group of data parallelism.
+    """Lightning's `ModelParallelStrategy` with all ranks in one group of data parallelism."""
 
-    Args:
-        timeout_seconds: How long a rank waits for the others.
-    """
-
-    def __init__(self, timeout_seconds: int = 300) -> None:
-        super().__init__(
-            tensor_parallel_size=1,
-            save_distributed_checkpoint=False,
-            timeout=timedelta(seconds=timeout_seconds),
-        )
+    def __init__(self) -> None:
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
 
     def setup_environment(self) -> None:
         """Counts the ranks, then starts the process group."""

@@ -1,5 +1,6 @@
 """What every run does so that it can go on: checkpoints, and random numbers that the step alone decides."""
 
+import logging
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 
 from stablerep import distributed
-from stablerep.runs.checkpoint import LAST_CHECKPOINT
+from stablerep.runs.checkpoint import LAST_CHECKPOINT, drop_superseded
 from stablerep.runs.stopping import StopFlag, StoppedEarly, silence_lightning
+
+logger = logging.getLogger(__name__)
 
 _GLOBAL_STREAM = 2  # keeps torch's global random numbers apart from those of the data
 
@@ -64,17 +67,19 @@ class RunCheckpoints(Checkpoint):
         self.timeout = timeout
         self.is_saving = is_saving
         self.stop = StopFlag()
+        self.has_begun = False
         self._stopped_by: str | None = None
         self._saved_step = 0
         self._are_logs_flushed = True
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Looks whether all ranks have chosen the same files. From here on signals wait for a step's end.
+        """Looks whether all ranks have chosen the same files.
 
         Raises:
             ValueError: If they have not.
+            StoppedEarly: If a signal has come already.
         """
-        self.stop.install()
+        silence_lightning(trainer)
         distributed.open_cpu_group(self.timeout)
         chosen = distributed.all_gather_objects((str(self.path.parent.parent), self.resumed_from))
         for rank, other in enumerate(chosen):
@@ -83,6 +88,7 @@ class RunCheckpoints(Checkpoint):
                     f"rank {rank} would write to {other[0]} and go on from {other[1]}, rank 0 to "
                     f"{chosen[0][0]} and from {chosen[0][1]}: output must be where all machines see it"
                 )
+        self._stop_before_a_step()
 
     def close(self) -> None:
         """Gives the signals back, however the run ended."""
@@ -90,16 +96,20 @@ class RunCheckpoints(Checkpoint):
         distributed.close_cpu_group()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Takes the signals back from Lightning.
+        """Says where the run goes on.
 
         Raises:
-            StoppedEarly: If one has come already.
+            StoppedEarly: If a signal has come meanwhile.
         """
-        self.stop.install()
-        silence_lightning(trainer)
+        self.has_begun = True
         self._saved_step = trainer.global_step
+        if self.resumed_from is not None:
+            logger.info("going on from %s at step %d", self.resumed_from, trainer.global_step)
+        self._stop_before_a_step()
+
+    def _stop_before_a_step(self) -> None:
         if (name := self.stop.on_any_rank()) is not None:
-            raise StoppedEarly(f"{name} before step {trainer.global_step}: nothing new to save")
+            raise StoppedEarly(f"{name} before the first step: nothing new to save")
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -138,28 +148,37 @@ class RunCheckpoints(Checkpoint):
 
     def _leave(self, trainer: pl.Trainer) -> None:
         if self._stopped_by is not None:
-            raise StoppedEarly(
-                f"{self._stopped_by} after step {trainer.global_step}: --ckpt_path last goes on from there"
+            what = (
+                "--ckpt_path last goes on from there" if self.is_saving else "nothing is saved, as was asked"
             )
+            message = f"{self._stopped_by} after step {trainer.global_step}: {what}"
+            raise StoppedEarly(message, can_go_on=self.is_saving)
 
     def _save(self, trainer: pl.Trainer) -> None:
         """Only rank 0 writes, so that its error is shared; each of Lightning's saves ends at a barrier."""
         if not self.is_saving or self._saved_step == trainer.global_step:
             return
+        self._are_logs_flushed = False
+        self._flush_logs(trainer)
         error: Exception | None = None
         try:
             trainer.save_checkpoint(self.path, weights_only=False)
-        except (OSError, ValueError) as caught:
+        except Exception as caught:  # whatever it is, the others wait at the barrier
             error = caught
             trainer.strategy.barrier()
         distributed.raise_together(error)
+        if trainer.is_global_zero and self.resumed_from is not None:
+            drop_superseded(Path(self.resumed_from), self.path)
         self._saved_step, self._are_logs_flushed = trainer.global_step, False
 
     def _flush_logs(self, trainer: pl.Trainer) -> None:
-        """Writes the rows up to a new checkpoint: a run that goes on from there does not log them again."""
+        """Writes the rows up to a checkpoint: a run that goes on from there does not log them again.
+
+        It comes before saving, and after it once more, for the row of the step itself.
+        """
         if not self._are_logs_flushed:
-            for logger in trainer.loggers:
-                logger.save()
+            for writer in trainer.loggers:
+                writer.save()
             self._are_logs_flushed = True
 
 

@@ -12,12 +12,20 @@ from typing import Any
 import lightning.pytorch as pl
 
 from stablerep import distributed
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+from stablerep.runs.signals import STOP_SIGNALS
 
 
 class StoppedEarly(Exception):  # noqa: N818 (no error: the run can go on)
-    """A signal ended the training after a step, with a checkpoint."""
+    """A signal ended the training.
+
+    Args:
+        message: Which one, and when.
+        can_go_on: Whether a run that goes on loses nothing; False where nothing is saved.
+    """
+
+    def __init__(self, message: str, can_go_on: bool = True) -> None:
+        super().__init__(message)
+        self.can_go_on = can_go_on
 
 
 class StopFlag:
@@ -26,15 +34,17 @@ class StopFlag:
     def __init__(self) -> None:
         self._received = 0
         self._former: dict[signal.Signals, Any] = {}
+        self._former_mask: set[int] = set()
 
     def install(self) -> None:
-        """Takes the signals over, also from who took them since; in the main thread alone."""
-        for number in STOP_SIGNALS:
-            former = signal.signal(number, self._receive)
-            self._former.setdefault(number, former)
+        """Takes the signals, those that were held back included; in the main thread alone."""
+        self._former = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+        self._former_mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def remove(self) -> None:
-        """Gives the signals back to who had them at first."""
+        """Gives the signals back to who had them, or holds them back again."""
+        if self._former:
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._former_mask)
         for number, handler in self._former.items():
             signal.signal(number, handler)
         self._former.clear()
@@ -49,6 +59,11 @@ class StopFlag:
 
 
 def silence_lightning(trainer: pl.Trainer) -> None:
-    """Takes Lightning's own broadcast out of each step: it waits for the device and hides a lost rank."""
+    """Takes out Lightning's handlers of signals, and the broadcast in each step that belongs to them.
+
+    They wait for the device, hide a lost rank, and meet other ranks in other collectives.
+    """
+    connector: Any = trainer._signal_connector
+    connector.register_signal_handlers = lambda: None
     loop: Any = trainer.fit_loop.epoch_loop
     loop._broadcast_sigterm_tensor = lambda: None

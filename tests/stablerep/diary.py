@@ -14,14 +14,18 @@ from stablerep import distributed
 class Diary(pl.Callback):
     """Writes `RANK.json` after each step: process and number of steps; steps are slow enough to be met.
 
+    The training ends, as if it had made all its steps, when there is a file `finish`.
+
     Args:
         folder: Where.
-        bug_after_step: Step after which rank 1 meets a bug.
+        bug_after_step: Step after which one rank meets a bug.
+        rank_with_bug: That rank.
     """
 
-    def __init__(self, folder: str, bug_after_step: int | None = None) -> None:
+    def __init__(self, folder: str, bug_after_step: int | None = None, rank_with_bug: int = 1) -> None:
         self.folder = Path(folder)
         self.bug_after_step = bug_after_step
+        self.rank_with_bug = rank_with_bug
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -31,5 +35,7 @@ class Diary(pl.Callback):
         path.with_suffix(".tmp").write_text(json.dumps({"pid": os.getpid(), "step": trainer.global_step}))
         path.with_suffix(".tmp").replace(path)
         time.sleep(0.05)
-        if trainer.global_step == self.bug_after_step and distributed.rank() == 1:
-            raise RuntimeError("a bug that rank 1 met")
+        if trainer.global_step == self.bug_after_step and distributed.rank() == self.rank_with_bug:
+            raise RuntimeError(f"a bug that rank {self.rank_with_bug} met")
+        if distributed.is_true_on_any_rank((self.folder / "finish").exists()):
+            trainer.should_stop = True

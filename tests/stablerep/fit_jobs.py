@@ -15,7 +15,6 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_SECONDS = 240
-MANY_STEPS = 1_000_000
 
 
 @dataclass
@@ -28,8 +27,9 @@ class Job:
 
     folder: Path
 
-    def options(self, max_steps: int, bug_after_step: int | None = None) -> list[str]:
-        diary = {"folder": str(self.folder), "bug_after_step": bug_after_step}
+    def options(self, **faults: int) -> list[str]:
+        """It trains until there is a file `finish`; `faults` are those of `Diary`."""
+        diary = {"folder": str(self.folder)} | faults
         model = {"patch_size": 8, "depth": 1, "embed_dim": 16, "num_heads": 2}
         return [
             *("--data.root", str(self.folder / "shards"), "--output", str(self.folder / "run")),
@@ -38,7 +38,7 @@ class Job:
             *("--model.backbone", "vit_tiny_patch16_224", "--model.backbone_options", json.dumps(model)),
             *("--model.projection_hidden_features", "16", "--model.projection_out_features", "8"),
             *("--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.log_every_n_steps", "1"),
-            *("--trainer.max_steps", str(max_steps), "--trainer.enable_progress_bar", "false"),
+            *("--trainer.max_steps", "1000000", "--trainer.enable_progress_bar", "false"),
             *("--trainer.max_epochs", "-1", "--checkpoint_every_n_steps", "2"),
             *(
                 "--trainer.callbacks",
@@ -52,16 +52,18 @@ class Job:
         return cleared | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": path}
 
     @contextmanager
-    def started(self, *options: str, bug_after_step: int | None = None) -> Iterator["subprocess.Popen[str]"]:
+    def started(self, *options: str, **faults: int) -> Iterator["subprocess.Popen[str]"]:
+        """The command as a process group of its own, without the steps of the one before."""
         for path in self.folder.glob("*.json"):
             path.unlink()
-        command = [sys.executable, "-m", "stablerep.cli", "fit", *self.options(MANY_STEPS, bug_after_step)]
+        command = [sys.executable, "-m", "stablerep.cli", "fit", *self.options(**faults)]
         with subprocess.Popen(
             [*command, *options],
             env=self.environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         ) as process:
             try:
                 yield process

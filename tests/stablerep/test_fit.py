@@ -3,7 +3,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import yaml
 
 from stablerep.backbones import load_backbone
 from stablerep.cli import main
-from stablerep.fit import choose_run_folder, count_devices
+from stablerep.fit import _is_first_rank, build_cli, choose_run_folder, count_devices
 from tests.stablerep.datasets import write_dataset, write_image_folder
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -81,14 +82,6 @@ def test_option_that_a_resumed_optimizer_would_ignore_is_refused(
     assert f"model.optimizer.learning_rate is {rate} in checkpoint" in capsys.readouterr().err
 
 
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """Ctrl-C reaches what the test starts, even where a shell began pytest in the background."""
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, handler)
-
-
 @pytest.mark.e2e
 @pytest.mark.usefixtures("interruptible")
 def test_interrupted_run_says_so(folders: list[str], tmp_path: Path) -> None:
@@ -101,12 +94,15 @@ def test_interrupted_run_says_so(folders: list[str], tmp_path: Path) -> None:
         text=True,
     ) as process:
         assert process.stderr is not None
+        timer = threading.Timer(TIMEOUT_SECONDS, process.kill)  # ends the reading below
+        timer.start()
         try:
             next(line for line in process.stderr if "step 0: k-NN" in line)
             process.send_signal(signal.SIGINT)
             lines = process.stderr.read().strip().splitlines()
             assert process.wait(TIMEOUT_SECONDS) == 130
         finally:
+            timer.cancel()
             process.kill()
     assert lines[-1] == "stablerep fit: interrupted"
 
@@ -167,7 +163,18 @@ def test_error_ends_all_ranks_without_a_traceback(
         (["--trainer.overfit_batches", "2"], 1, "trainer.overfit_batches must be 0.0, as the order"),
         (["--trainer.fast_dev_run", "true"], 1, "trainer.fast_dev_run must be False, as the order"),
         (["--trainer.accelerator", "warp"], 1, "warp"),
-        (["--rank_timeout_seconds", "0"], 1, "rank_timeout_seconds must be >= 0.001, got 0.0"),
+        (["--rank_timeout_seconds", "0"], 1, "rank_timeout_seconds must be in [1, 1e6], got 0.0"),
+        (["--rank_timeout_seconds", ".inf"], 1, "rank_timeout_seconds must be in [1, 1e6], got inf"),
+        (
+            ["--trainer.num_nodes", "4"],
+            1,
+            "trainer.num_nodes is 4, but NODE_RANK, MASTER_ADDR, MASTER_PORT must",
+        ),
+        (
+            ["--trainer.strategy", "fsdp"],
+            1,
+            "trainer.strategy must be auto, ddp or a class_path, stablerep.dis",
+        ),
         (["--config_version", "0"], 1, "config_version must be 1, got 0 in the command line: it was written"),
         (["--ckpt_path", "https://example.com/a.ckpt"], 1, "must be a local file, got https://example.com/"),
         (
@@ -199,7 +206,76 @@ def test_accelerators_that_are_not_there_are_named(
     assert capsys.readouterr().err.strip().splitlines()[-1] == message
 
 
-@pytest.mark.parametrize("given", ["--config {}", "--config={}", "-c {}"])
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        (
+            {
+                **{"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "fit", "SLURM_NTASKS": "1"},
+                **{"SLURM_NODEID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"},
+            },
+            "trainer.devices x trainer.num_nodes must be 1, the ranks that Slurm has started, got 2 x 1",
+        ),
+        (
+            {"TORCHELASTIC_RUN_ID": "7", "WORLD_SIZE": "3", "RANK": "0", "LOCAL_RANK": "0"},
+            "trainer.devices x trainer.num_nodes must be 3, the ranks that torchrun has started, got 2 x 1",
+        ),
+    ],
+)
+def test_another_number_of_ranks_than_was_started_is_refused(
+    environment: dict[str, str],
+    message: str,
+    folders: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert fit(*folders, *SMALL, "--trainer.devices", "2") == 1
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")  # as stablerep.fit.main has it
+@pytest.mark.parametrize("strategy", ["auto", "{class_path: stablerep.distributed.sharding.ShardedStrategy}"])
+def test_ranks_wait_for_each_other_as_long_as_was_asked(strategy: str, folders: list[str]) -> None:
+    words = ["--config", str(CONFIGS / "embedded.yaml"), *folders, *SMALL, "--trainer.devices", "2"]
+    cli = build_cli([*words, "--rank_timeout_seconds", "7", "--trainer.strategy", strategy])
+    assert cli.trainer.strategy._timeout == timedelta(seconds=7)
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, True),
+        ({"LOCAL_RANK": "0"}, True),
+        ({"LOCAL_RANK": "1"}, False),
+        ({"LOCAL_RANK": "0", "NODE_RANK": "1"}, False),
+        ({"RANK": "8", "LOCAL_RANK": "0"}, False),
+        ({"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, True),
+        ({"SLURM_PROCID": "8", "SLURM_LOCALID": "0"}, False),
+        ({"SLURM_PROCID": "0", "LOCAL_RANK": "1"}, False),  # our own launcher within a job of Slurm
+    ],
+)
+def test_log_lines_are_those_of_the_first_rank(
+    environment: dict[str, str], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert _is_first_rank() is expected
+
+
+def test_run_that_is_resumed_at_its_end_says_so(
+    folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):
+        assert fit(*folders, *SMALL, "--trainer.max_steps", "2", "--ckpt_path", "auto") == 0
+    path = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    assert capsys.readouterr().err.strip().splitlines()[-1] == f"nothing left to do: {path} is at step 2"
+
+
+@pytest.mark.parametrize("given", ["--config {}", "--config={}", "-c {}", "-c{}", "-c={}"])
 def test_config_of_another_version_is_refused_before_its_options_are_read(
     given: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -241,6 +317,10 @@ def test_run_folder_is_the_first_free_one(tmp_path: Path) -> None:
     (tmp_path / "run-3").mkdir()  # of a run that could not start
     assert choose_run_folder(output) == tmp_path / "run-3"
     (tmp_path / "run-3" / "metrics.csv").touch()  # a logger would begin it anew
+    assert choose_run_folder(output) == tmp_path / "run-4"
+    (tmp_path / "run" / "config.yaml").unlink()  # a later run has a larger number all the same
+    (tmp_path / "run-long").mkdir()
+    (tmp_path / "run-long" / "config.yaml").touch()  # and is no run of this output
     assert choose_run_folder(output) == tmp_path / "run-4"
 
 

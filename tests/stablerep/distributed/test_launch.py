@@ -45,11 +45,27 @@ def test_meeting_place_of_several_machines_is_kept(tmp_path: Path, monkeypatch: 
     [
         ("sys.exit(0)", 0),
         ("sys.exit(75)", 75),
-        ("time.sleep(0.5 * (1 - rank)); sys.exit([1, 3][rank])", 3),  # of the one that failed first
     ],
 )
-def test_exit_code_is_that_of_the_rank_that_failed_first(program: str, expected: int) -> None:
+def test_exit_code_is_that_of_the_ranks(program: str, expected: int) -> None:
     assert run_ranks(python(program), 2) == expected
+
+
+@pytest.mark.parametrize("last_act", ["sys.exit(3)", "os.abort()"])
+def test_exit_code_is_that_of_the_rank_that_failed_first(last_act: str, tmp_path: Path) -> None:
+    program = f"""
+import os, signal, sys, time
+from pathlib import Path
+path = Path({str(tmp_path)!r}) / "first"
+if os.environ["LOCAL_RANK"] == "1":
+    path.with_suffix(".tmp").write_text(str(os.getpid()))
+    path.with_suffix(".tmp").rename(path)
+    sys.exit(75)
+while not path.exists() or os.path.exists(f"/proc/{{path.read_text()}}"):
+    time.sleep(0.01)  # until the parent has seen it leave
+{last_act}
+"""
+    assert run_ranks([sys.executable, "-c", program], 2) == 75
 
 
 def test_rank_that_was_killed_is_named_and_the_others_do_not_outlive_it(
@@ -58,21 +74,45 @@ def test_rank_that_was_killed_is_named_and_the_others_do_not_outlive_it(
     monkeypatch.setattr(launch, "GRACE_SECONDS", 0.5)
     start = time.monotonic()
     with pytest.raises(ChildProcessError, match="rank 1 was ended by SIGKILL; --ckpt_path last goes on"):
-        run_ranks(python(f"rank and os.kill(os.getpid(), signal.SIGKILL); {WAIT}"), 3)
+        run_ranks(python(f"rank == 1 and os.kill(os.getpid(), signal.SIGKILL); {WAIT}"), 3)
     assert time.monotonic() - start < 10
     assert "rank 0 had not left" in caplog.text
 
 
 def test_signals_to_stop_reach_every_rank() -> None:
-    stop = "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75)); "
+    """Also one that comes before they listen: it is held back."""
     tell = "rank or os.kill(os.getppid(), signal.SIGUSR1); "
-    assert run_ranks(python(f"{stop} time.sleep(0.3); {tell} {WAIT}"), 2) == 75
+    stop = "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75)); "
+    listen = "signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1]); "
+    assert run_ranks(python(f"{tell} {stop} {listen} {WAIT}"), 2) == 75
+
+
+def test_what_a_rank_told_outlives_it(tmp_path: Path) -> None:
+    program = f"""
+import os, time
+from pathlib import Path
+import torch.distributed as dist
+dist.init_process_group("gloo")
+store = dist.distributed_c10d._get_default_store()
+path = Path({str(tmp_path)!r}) / "pid"
+if dist.get_rank() == 0:
+    store.set("failure", "told")
+    path.with_suffix(".tmp").write_text(str(os.getpid()))
+    path.with_suffix(".tmp").rename(path)
+    os._exit(0)
+while not path.exists() or os.path.exists(f"/proc/{{path.read_text()}}"):
+    time.sleep(0.01)
+os._exit(0 if store.get("failure") == b"told" else 1)
+"""
+    start = f"import os; os.environ.update(RANK=os.environ['LOCAL_RANK'], WORLD_SIZE='2'); exec({program!r})"
+    assert run_ranks([sys.executable, "-c", start], 2) == 0
 
 
 def test_rank_stops_when_the_process_that_started_it_is_gone(tmp_path: Path) -> None:
     rank = (
         "from stablerep.distributed.launch import watch_parent; "
         f"signal.signal(signal.SIGTERM, lambda *_: (open('{tmp_path}/stopped', 'w'), sys.exit())); "
+        "signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM]); "
         f"watch_parent(); open('{tmp_path}/started', 'w'); {WAIT}"
     )
     program = f"from stablerep.distributed.launch import run_ranks; run_ranks({python(rank)!r}, 1)"

@@ -1,10 +1,17 @@
+import multiprocessing
 import os
 import signal
+import subprocess
+import threading
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
 
 import pytest
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
-from stablerep.runs.stopping import STOP_SIGNALS, StopFlag
+from stablerep.runs.signals import STOP_SIGNALS, obey_parent_alone, without_signals
+from stablerep.runs.stopping import StopFlag
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
@@ -14,8 +21,6 @@ def test_signal_is_noted_and_its_former_handler_comes_back(number: signal.Signal
     flag.install()
     try:
         assert flag.on_any_rank() is None
-        signal.signal(number, signal.SIG_IGN)  # as Lightning takes it over meanwhile
-        flag.install()
         os.kill(os.getpid(), number)
         assert flag.on_any_rank() == number.name
     finally:
@@ -23,5 +28,49 @@ def test_signal_is_noted_and_its_former_handler_comes_back(number: signal.Signal
     assert signal.getsignal(number) == before
 
 
-def test_what_is_taken_out_of_lightnings_steps_is_there() -> None:
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_signal_that_was_held_back_is_noted_and_a_later_one_held_back_again(number: signal.Signals) -> None:
+    this_thread = threading.get_ident()  # others of the test's process hold nothing back
+    flag = StopFlag()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [number])
+    try:
+        signal.pthread_kill(this_thread, number)
+        flag.install()
+        assert flag.on_any_rank() == number.name
+        flag.remove()
+        signal.pthread_kill(this_thread, number)  # as one that comes while the process ends
+        assert signal.sigtimedwait([number], 0) is not None
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def answer(pipe: Connection) -> None:
+    """A data worker."""
+    obey_parent_alone(0)
+    while True:
+        pipe.send(pipe.recv())
+
+
+@pytest.mark.parametrize("number", [*STOP_SIGNALS, signal.SIGINT])
+def test_data_worker_is_ended_by_its_rank_alone(number: signal.Signals) -> None:
+    resource_tracker.ensure_running()  # as it starts, it lets signals through again
+    pipe, other_end = multiprocessing.Pipe()
+    with without_signals():
+        worker = multiprocessing.get_context("spawn").Process(target=answer, args=(other_end,))
+        worker.start()
+    other_end.close()
+    try:
+        for _ in range(2):  # before its first answer and after it
+            subprocess.run(["kill", f"-{number.name[3:]}", str(worker.pid)], check=True)
+            pipe.send("there?")
+            assert pipe.recv() == "there?"
+        worker.terminate()
+        worker.join(60)
+        assert worker.exitcode == 0
+    finally:
+        worker.kill()
+
+
+def test_what_is_taken_out_of_lightning_is_there() -> None:
     assert callable(_TrainingEpochLoop._broadcast_sigterm_tensor)
+    assert callable(_SignalConnector.register_signal_handlers)
