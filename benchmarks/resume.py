@@ -3,7 +3,7 @@
     python benchmarks/resume.py [--num_kills 20] [--num_captions 96] [--ranks 1:1,2:2,4:4,1:2,2:1,2:4,4:1,4:2]
 
 `stablerep fit` trains a tiny model for two epochs; its whole job is killed by SIGKILL at a random moment,
-also while it saves, and resumed with `--ckpt_path last`, on as many ranks or on others. Of the steps that
+also while it saves, and resumed with `--ckpt_path auto`, on as many ranks or on others. Of the steps that
 count, those that no later run did again:
 
 - each caption comes once an epoch, none is missed;
@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -254,17 +255,9 @@ def kill_and_resume(
     rng: random.Random,
 ) -> Trial:
     """One trial."""
-    num_steps = NUM_EPOCHS * bench.num_captions // (num_ranks * NUM_CAPTIONS_PER_RANK)
-    step = rng.randrange(2, num_steps - 1)  # the first checkpoint follows the second step
-    job = bench.start(name, num_ranks)
-    log = bench.folder / f"{name}.log"
-    while job.poll() is None and count_lines(log) < step:
-        time.sleep(0.005)
-    time.sleep(rng.uniform(0, 2 * bench.num_seconds_of_step))
-    os.killpg(job.pid, signal.SIGKILL)
-    if job.wait() != -signal.SIGKILL:
-        raise RuntimeError(f"the run ended by itself:\n{(bench.folder / f'{name}.out').read_text()}")
-    bench.finish(name, num_ranks_after, "--ckpt_path", "last")
+    while start_and_kill(bench, name, num_ranks, rng) == 0:  # it was done before the kill
+        remove_runs(bench, name)
+    bench.finish(name, num_ranks_after, "--ckpt_path", "auto")  # nothing may be saved yet
     killed, resumed = bench.read_runs(name)
     whole = [number for number, of_ranks in killed.items() if len(of_ranks) == num_ranks]
     start = min(resumed)
@@ -273,9 +266,34 @@ def kill_and_resume(
     is_equal, difference = None, None
     if undisturbed is not None and num_ranks == num_ranks_after:
         is_equal, difference = compare_steps(valid, undisturbed)
+    remove_runs(bench, name)
+    return Trial(num_ranks, num_ranks_after, max(whole), start, missing, repeated, is_equal, difference)
+
+
+def start_and_kill(bench: Bench, name: str, num_ranks: int, rng: random.Random) -> int:
+    """Kills a run at a random moment; its exit code, 0 where it had ended.
+
+    Raises:
+        RuntimeError: If it failed; shows what it said.
+    """
+    num_steps = NUM_EPOCHS * bench.num_captions // (num_ranks * NUM_CAPTIONS_PER_RANK)
+    step = rng.randrange(2, num_steps - 1)
+    job = bench.start(name, num_ranks)
+    log = bench.folder / f"{name}.log"
+    while job.poll() is None and count_lines(log) < step:
+        time.sleep(0.005)
+    time.sleep(rng.uniform(0, 2 * bench.num_seconds_of_step))
+    with suppress(ProcessLookupError):
+        os.killpg(job.pid, signal.SIGKILL)
+    if (code := job.wait()) not in (0, -signal.SIGKILL):
+        raise RuntimeError(f"stablerep fit returned {code}:\n{(bench.folder / f'{name}.out').read_text()}")
+    return code
+
+
+def remove_runs(bench: Bench, name: str) -> None:
+    """All that a trial has written."""
     for path in bench.folder.glob(f"{name}*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return Trial(num_ranks, num_ranks_after, max(whole), start, missing, repeated, is_equal, difference)
 
 
 def count_lines(log: Path) -> int:

@@ -28,5 +28,6 @@ def test_killed_runs_go_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
             "",
         ),
     ]
-    done = subprocess.run(command, env=Job(tmp_path).environment(), capture_output=True, text=True)
+    environment = Job(tmp_path).environment()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
