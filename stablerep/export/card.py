@@ -265,6 +265,11 @@ def _describe_scores(scores: Sequence[Record]) -> str:
     for provenance, rows in _group(scores):
         data = PurePath(provenance.data).name or provenance.data
         parts.append(f"On {_escape(data)} ({_escape(provenance.transform)}):\n\n{build_table(rows)}")
+    if any(row.selection == "test" for row, _ in scores):
+        parts.append(
+            "Rows chosen on `test` are the best *on the test split*, as in the published figures, and so "
+            "optimistic."
+        )
     return "\n\n".join(parts)
 
 

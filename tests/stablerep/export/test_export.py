@@ -507,6 +507,12 @@ def test_figures_of_earlier_versions_are_read_and_compared(
     write_former_results(path, sha256=sha256)
     text = (export(tmp_path, "--results", str(path)) / "README.md").read_text()
     assert "| linear_heldout |" in text
+    assert "and so optimistic" not in text
+    content = json.loads(path.read_text())
+    content["results"][0]["selection"] = "test"
+    path.write_text(json.dumps(content))
+    text = (export(tmp_path, "--results", str(path), "--overwrite") / "README.md").read_text()
+    assert "and so optimistic" in text
 
 
 # ---- the hub
