@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stablerep.data import verification
+
 SUFFIX = ".safetensors"
 DIGESTS_FOLDER = "digests"
 # Only these are ever listed or removed, should the folder hold other things.
@@ -31,9 +33,7 @@ class DamagedFileError(ValueError):
 
 def default_cache_folder() -> str:
     """`$STABLEREP_CACHE`, or `stablerep/features` in `$XDG_CACHE_HOME`, by default `~/.cache`."""
-    if folder := os.environ.get("STABLEREP_CACHE"):
-        return folder
-    return str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stablerep" / "features")
+    return os.environ.get("STABLEREP_CACHE") or str(verification.default_cache_folder() / "features")
 
 
 @dataclass(frozen=True)
