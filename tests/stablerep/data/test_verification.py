@@ -1,13 +1,16 @@
+import errno
+import fcntl
 import hashlib
 import multiprocessing
 import os
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
 from data_gen.shards import ShardError
-from stablerep.data.verification import VerifiedFiles
+from stablerep.data.verification import VerifiedFiles, default_cache_folder
 
 CONTENT = b"0123456789" * 1000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -55,6 +58,73 @@ def test_changed_file_is_hashed_again(tmp_path: Path, shard: Path, monkeypatch: 
     shard.write_bytes(CONTENT[::-1])
     with pytest.raises(ShardError, match=r"00000\.tar: sha256 is"):
         verify(tmp_path / "cache", shard)
+
+
+def test_copy_of_equal_times_is_hashed_for_itself(
+    tmp_path: Path, shard: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verify(tmp_path / "cache", shard)
+    status = shard.stat()
+    copy = tmp_path / "copy"
+    copy.write_bytes(CONTENT[::-1])  # as on another machine's disk
+    os.utime(copy, ns=(status.st_atime_ns, status.st_mtime_ns))
+    os.replace(copy, shard)
+    assert shard.stat().st_mtime_ns == status.st_mtime_ns
+    with pytest.raises(ShardError, match=r"00000\.tar: sha256 is"):
+        verify(tmp_path / "cache", shard)
+
+
+def test_file_that_was_written_with_its_times_kept_is_hashed_again(tmp_path: Path, shard: Path) -> None:
+    verify(tmp_path / "cache", shard)
+    status = shard.stat()
+    shard.write_bytes(CONTENT[::-1])
+    os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(ShardError, match=r"00000\.tar: sha256 is"):
+        verify(tmp_path / "cache", shard)
+
+
+def test_disk_without_locks_costs_the_waiting_for_each_other_alone(
+    tmp_path: Path, shard: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    files = VerifiedFiles(tmp_path / "cache", "dataset")
+    for _ in range(2):
+        files.check(shard, 0, len(CONTENT), SHA256)
+        os.utime(shard)
+    assert caplog.text.count("cannot be locked (No locks available)") == 1
+    with pytest.raises(ShardError, match="expected aaaa"):
+        files.check(shard, 0, len(CONTENT), "a" * 64)
+
+
+def test_later_note_of_a_file_takes_the_earlier_ones_place(tmp_path: Path, shard: Path) -> None:
+    files = [VerifiedFiles(tmp_path / "cache", "dataset") for _ in range(2)]
+    for second in range(5):
+        os.utime(shard, ns=(0, second))
+        for one in files:
+            one.check(shard, 0, len(CONTENT), SHA256)
+    assert [len(one._notes) for one in files] == [1, 1]
+
+
+def test_notes_that_were_cut_off_are_read_anew(tmp_path: Path, shard: Path) -> None:
+    files = VerifiedFiles(tmp_path / "cache", "dataset")
+    files.check(shard, 0, len(CONTENT), SHA256)
+    (notes,) = (tmp_path / "cache" / "verified").iterdir()
+    files._read_notes()
+    os.truncate(notes, 3)
+    os.utime(shard, ns=(0, 1))
+    files.check(shard, 0, len(CONTENT), SHA256)
+
+
+def test_user_without_a_home_has_a_folder_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", refuse)
+    assert default_cache_folder() == Path(tempfile.gettempdir(), f"stablerep-{os.getuid()}")
 
 
 def test_note_of_one_digest_is_not_taken_for_another(tmp_path: Path, shard: Path) -> None:
