@@ -1,9 +1,11 @@
 """Encoded images to views, in a worker: decode, crop, resize, flip; uint8 throughout.
 
-JPEG files are decoded by libjpeg-turbo (simplejpeg), strictly: what it could mend is an error. Where the
-crop has at least 2, 4 or 8 times the view's side in both directions, they are decoded at that fraction, which
-spares most of the inverse transform: never below the view's own resolution. The crop is drawn before the
-pixels are there, and brought to the coarser grid.
+Every image becomes upright RGB: what EXIF says of the orientation is done, transparency is left out, grey
+levels of 16 bits are scaled to 8 (`decode_upright`). JPEG files of three colours that lie upright are decoded
+by libjpeg-turbo (simplejpeg), strictly: what it could mend is an error. Where the crop has at least 2, 4 or 8
+times the view's side in both directions, they are decoded at that fraction, which spares most of the inverse
+transform: never below the view's own resolution. The crop is drawn before the pixels are there, and brought
+to the coarser grid.
 """
 
 import io
@@ -13,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from simplejpeg import decode_jpeg
 from torch import Tensor
 
@@ -24,7 +26,10 @@ _FORMATS = ("JPEG", "PNG", "WEBP")
 _SCALES = (8, 4, 2)
 _START_OF_FRAME = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive: what every decoder reads
 _NO_LENGTH = (0x01, *range(0xD0, 0xD9))
+_APP1 = 0xE1  # EXIF or XMP, which may turn the image
 _NUM_COLOURS = 3
+_SIXTEEN_BIT_MODES = ("I", "I;16", "I;16L", "I;16B")
+_LEVELS_PER_LEVEL = 257  # 65535 / 255
 
 
 def decode_image(data: bytes | bytearray, name: str) -> Tensor:
@@ -35,12 +40,43 @@ def decode_image(data: bytes | bytearray, name: str) -> Tensor:
         name: What an error message calls the image.
 
     Shapes:
-        -> uint8 [3, H, W]
+        -> uint8 [3, H, W], upright RGB
 
     Raises:
         ValueError: If the bytes are not such an image, are cut off, or hold more than `MAX_IMAGE_PIXELS`.
     """
     return _decode(data, name, 1, read_jpeg_size(data))
+
+
+def decode_upright(data: bytes | bytearray, name: str) -> Image.Image:
+    """Decodes a JPEG, PNG or WebP file of any mode by Pillow: the rule that `decode_image` follows, too.
+
+    Args:
+        data: The file's bytes.
+        name: What an error message calls the image.
+
+    Returns:
+        The upright image, RGB.
+
+    Raises:
+        ValueError: As for `decode_image`.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the bound below is ours
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+                _check_num_pixels(image.width * image.height)
+                return _to_rgb(ImageOps.exif_transpose(image))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise _undecodable(name, error) from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in _SIXTEEN_BIT_MODES:  # Pillow clips them at 255
+        levels = np.asarray(image).astype(np.float32) / _LEVELS_PER_LEVEL
+        image = Image.fromarray(levels.round().clip(0, 255).astype(np.uint8))
+    # A palette with transparency has to pass through RGBA; Pillow warns otherwise.
+    return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
 
 
 def decode_views(
@@ -65,15 +101,19 @@ def decode_views(
     groups = [[view] for view in range(num_views)] if len(images) == num_views else [list(range(num_views))]
     for data, name, views in zip(images, names, groups, strict=True):
         jpeg_size = read_jpeg_size(data)
-        height, width = jpeg_size or _read_size(data, name)
+        upright = None if jpeg_size else decode_image(data, name)
+        height, width = upright.shape[1:] if upright is not None else jpeg_size or (0, 0)
         plans = [_plan(draws, view, height, width, out.shape[-1], config) for view in views]
-        scale = _largest_scale(min(num_pixels for _, num_pixels in plans)) if jpeg_size else 1
-        decoded = _decode(data, name, scale, jpeg_size)
+        scale = 1 if upright is not None else _largest_scale(min(num_pixels for _, num_pixels in plans))
+        decoded = _decode(data, name, scale, jpeg_size) if upright is None else upright
         for view, (box, _) in zip(views, plans, strict=True):
             image = decoded
             if short_side := int(draws.short_sides[view]):
-                image = resize_short_side(image, short_side)
-                image = resize_short_side(image, config.downsample_restored_size)
+                try:
+                    image = resize_short_side(image, short_side)
+                    image = resize_short_side(image, config.downsample_restored_size)
+                except ValueError as error:
+                    raise _undecodable(name, error) from error
                 box = draws.crop_box(view, image.shape[1], image.shape[2], config)
             else:
                 box = _scale_box(box, scale, image)
@@ -92,10 +132,10 @@ def _plan(
 
 
 def read_jpeg_size(data: bytes | bytearray) -> tuple[int, int] | None:
-    """Height and width of a JPEG file of three colours and 8 bits, from its header; None for others."""
+    """Height and width of an upright JPEG file of three colours and 8 bits, from its header; or None."""
     if data[:2] != b"\xff\xd8":
         return None
-    place = 2
+    place, has_metadata = 2, False
     while place + 10 <= len(data) and data[place] == 0xFF:
         marker = data[place + 1]
         if marker == 0xFF or marker in _NO_LENGTH:
@@ -104,9 +144,20 @@ def read_jpeg_size(data: bytes | bytearray) -> tuple[int, int] | None:
         if marker in _START_OF_FRAME:
             height, width = (int.from_bytes(data[at : at + 2]) for at in (place + 5, place + 7))
             is_usual = data[place + 4] == 8 and data[place + 9] == _NUM_COLOURS
+            is_usual = is_usual and not (has_metadata and _is_turned(data))
             return (height, width) if is_usual and height and width else None
+        has_metadata = has_metadata or marker == _APP1
         place += 2 + int.from_bytes(data[place + 2 : place + 4])
     return None
+
+
+def _is_turned(data: bytes | bytearray) -> bool:
+    """Whether the metadata name an orientation, or cannot be read here."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:  # reads the header alone
+            return bool(image.getexif().get(ExifTags.Base.Orientation, 1) != 1)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return True
 
 
 def resized_crop(image: Tensor, box: tuple[int, int, int, int], image_size: int) -> Tensor:
@@ -125,10 +176,18 @@ def resize_short_side(image: Tensor, size: int) -> Tensor:
 
     Shapes:
         uint8 [3, H, W] -> uint8 [3, H', W'] with min(H', W') = size
+
+    Raises:
+        ValueError: If it would have more than `MAX_IMAGE_PIXELS`.
     """
     height, width = image.shape[1:]
     short, long = min(height, width), max(height, width)
     other = int(size * long / short)
+    if size * other > MAX_IMAGE_PIXELS:
+        raise ValueError(
+            f"{width}×{height} pixels would be {size * other} at a short side of {size}, "
+            f"at most {MAX_IMAGE_PIXELS} are made"
+        )
     return _resize(image[None], *((size, other) if height <= width else (other, size)))[0]
 
 
@@ -148,29 +207,17 @@ def _scale_box(box: tuple[int, int, int, int], scale: int, image: Tensor) -> tup
     return top, left, min(height, image.shape[1] - top), min(width, image.shape[2] - left)
 
 
-def _read_size(data: bytes | bytearray, name: str) -> tuple[int, int]:
-    try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:  # reads the header alone
-            return image.height, image.width
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise _undecodable(name, error) from error
-
-
 def _decode(data: bytes | bytearray, name: str, scale: int, jpeg_size: tuple[int, int] | None) -> Tensor:
+    if jpeg_size is None:
+        return torch.from_numpy(np.array(decode_upright(data, name))).permute(2, 0, 1)
+    height, width = jpeg_size
+    least = {"min_height": height // scale, "min_width": width // scale, "min_factor": scale}
     try:
-        if jpeg_size is not None:
-            height, width = jpeg_size
-            _check_num_pixels(height * width)
-            least = {"min_height": height // scale, "min_width": width // scale, "min_factor": scale}
-            pixels = decode_jpeg(data, strict=True, **(least if scale > 1 else {}))
-            return torch.from_numpy(pixels).permute(2, 0, 1)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the bound below is ours
-            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-                _check_num_pixels(image.width * image.height)
-                return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        _check_num_pixels(height * width)
+        pixels = decode_jpeg(data, strict=True, **(least if scale > 1 else {}))
+    except (OSError, ValueError) as error:
         raise _undecodable(name, error) from error
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def _check_num_pixels(num_pixels: int) -> None:

@@ -4,13 +4,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as oracle
 
 from stablerep.augment import STRONG_VIEW, AugmentationConfig, draw_views
 from stablerep.data import decoding
 from stablerep.data.decoding import (
     decode_image,
+    decode_upright,
     decode_views,
     read_jpeg_size,
     resize_short_side,
@@ -48,15 +49,68 @@ def test_jpeg_decodes_as_pillow_does(options: dict[str, Any]) -> None:
     assert np.abs(decode_image(data, "x").permute(1, 2, 0).numpy() - expected).max() <= 3  # upsampling
 
 
-@pytest.mark.parametrize("mode", ["L", "CMYK", "P", "RGBA", "1"])
-def test_image_of_another_mode_becomes_rgb(mode: str) -> None:
+@pytest.mark.parametrize(
+    ("mode", "image_format"),
+    [
+        ("L", "JPEG"),
+        ("CMYK", "JPEG"),
+        ("1", "JPEG"),
+        ("L", "PNG"),
+        ("P", "PNG"),
+        ("RGBA", "PNG"),
+        ("1", "PNG"),
+    ],
+)
+def test_image_of_another_mode_becomes_rgb(mode: str, image_format: str) -> None:
     image = Image.fromarray(smooth_pixels(20, 30)).convert(mode)
-    for image_format in ("JPEG", "PNG"):
-        if (mode in ("P", "RGBA") and image_format == "JPEG") or (mode == "CMYK" and image_format == "PNG"):
-            continue
-        buffer = io.BytesIO()
-        image.save(buffer, image_format)
-        assert decode_image(buffer.getvalue(), "x").shape == (3, 20, 30)
+    buffer = io.BytesIO()
+    image.save(buffer, image_format)
+    found = decode_image(buffer.getvalue(), "x").permute(1, 2, 0).numpy().astype(int)
+    expected = np.asarray(image.convert("RGB")).astype(int)
+    assert np.abs(found - expected).mean() < (0.5 if image_format == "PNG" else 8)
+
+
+def test_grey_levels_of_16_bits_are_scaled() -> None:
+    ramp = np.linspace(0, 65535, 600).astype(np.uint16).reshape(20, 30)
+    found = decode_image(encode(ramp, "PNG"), "x")
+    assert (found - torch.from_numpy(ramp / 257)).abs().max() <= 0.5
+
+
+def test_palette_with_transparency_decodes_without_a_warning() -> None:
+    image = Image.fromarray(smooth_pixels(20, 30)).convert("P")
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", transparency=bytes(range(200)))
+    assert decode_image(buffer.getvalue(), "x").shape == (3, 20, 30)
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_image_is_turned_as_its_metadata_say(image_format: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if image_format == "WEBP" else {}
+    data = encode(smooth_pixels(24, 40), image_format, exif=exif, **options)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")).astype(int)
+    found = decode_image(data, "x").permute(1, 2, 0).numpy()
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() <= 3
+    assert np.array_equal(np.asarray(decode_upright(data, "x")), expected)
+    view = torch.empty(1, 3, 16, 16, dtype=torch.uint8)
+    config = AugmentationConfig((1.0, 1.0), (0.1, 10.0), flip_probability=0.0)
+    draws = draw_views(np.random.default_rng(0), 1, config)
+    decode_views([data], ["x"], draws, config, view)
+    height, width = expected.shape[:2]
+    box = draws.crop_box(0, height, width, config)
+    whole = torch.from_numpy(found.copy()).permute(2, 0, 1)
+    assert torch.equal(view[0], resized_crop(whole, box, 16))
+
+
+def test_down_sampling_an_extreme_image_is_refused() -> None:
+    config = AugmentationConfig(downsample_probability=1.0)
+    draws = draw_views(np.random.default_rng(0), 1, config)
+    data = encode(np.zeros((1, 60_000, 3), dtype=np.uint8), "PNG")
+    with pytest.raises(ValueError, match=r"image thin cannot be decoded: .* would be \d+ at a short side of"):
+        decode_views([data], ["thin"], draws, config, torch.empty(1, 3, 16, 16, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"exif": b"Exif\0\0" + bytes(300)}])
