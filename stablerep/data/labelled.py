@@ -27,7 +27,7 @@ class LabelledTar:
     """What one tar holds.
 
     Shapes:
-        ids: int64 [n], 63 bits of the sha256 of the key.
+        ids: int64 [n], 63 bits of the sha256 of the tar's name and the key: keys may be those of other tars.
         labels: int64 [n], class indices.
         offsets: int64 [n], of each image in the tar, bytes.
         num_bytes: int64 [n], size of each image.
@@ -61,7 +61,7 @@ def read_labelled_tar(store: Store, name: str) -> LabelledTar:
             raise ShardError(
                 f"{where}: sample {key!r} has no {'cls' if 'image' in sample else 'image'} member"
             )
-        digest = int(hashlib.sha256(key.encode()).hexdigest()[:16], 16) >> 1
+        digest = int(hashlib.sha256(f"{name}/{key}".encode()).hexdigest()[:16], 16) >> 1
         rows.append((digest, sample["cls"][0], *sample["image"]))
     if not rows:
         raise ShardError(f"{where}: holds no samples")
@@ -94,6 +94,7 @@ def _add_member(
 ) -> None:
     folder, _, base = member.name.rpartition("/")
     stem, _, suffix = base.partition(".")
+    suffix = suffix.lower()
     if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
         raise ShardError(f"{where}: member {member.name} is not a regular file")
     if "." in suffix:

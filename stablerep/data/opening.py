@@ -19,7 +19,8 @@ def open_dataset(root: str, cache: CacheConfig) -> ShardedDataset:
 
     Raises:
         FileNotFoundError: If root holds neither.
-        ValueError: If it has no complete shard, or a tar that is not allowed; also on the other ranks.
+        ValueError: If it has no complete shard, images of unequal size, or a tar that is not allowed; also
+            on the other ranks.
     """
     store = open_store(root)
     names = _on_first_rank(lambda: [] if store.exists(MANIFEST_NAME) else list_tars(store))
@@ -28,7 +29,8 @@ def open_dataset(root: str, cache: CacheConfig) -> ShardedDataset:
         dataset = LabelledDataset(store, _read_tars(store, names), cache)
     else:
         dataset = GeneratedDataset(_on_first_rank(lambda: _list_shards(store)), cache)
-    _together(dataset.measure)
+    own = range(len(dataset.tar_names))[distributed.rank() :: distributed.world_size()]
+    _together(lambda: dataset.check_tables(own))
     return dataset
 
 

@@ -12,7 +12,7 @@ The caption at a position costs O(number of shards + W), once a pass and a windo
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,6 @@ NUM_POSITIONS_IN_DEAL = 1024
 _PASS, _WINDOW = range(2)  # keep the random numbers of the two apart
 _NUM_KEPT = 8
 Integers = NDArray[np.int64]
-_Value = TypeVar("_Value")
 
 
 class Places(NamedTuple):
@@ -65,7 +64,7 @@ class Order:
         num_captions_in_window: W, >= 1.
 
     Raises:
-        ValueError: A weight is not above 0, or too small to be dealt.
+        ValueError: A weight is too small to be dealt, or to be dealt within an epoch.
     """
 
     def __init__(
@@ -86,6 +85,12 @@ class Order:
         num_deals, rest = divmod(self.num_captions, NUM_POSITIONS_IN_DEAL)
         part = np.bincount(self._dealt[:rest], minlength=len(shares))
         self._num_per_epoch = num_deals * self._quotas + part
+        if not self._num_per_epoch.all():
+            least = int(self._num_per_epoch.argmin())
+            raise ValueError(
+                f"weight of dataset {least} must give it a caption in an epoch of {self.num_captions}, "
+                f"got {shares[least] / shares.sum():.2g} of the sum"
+            )
 
     def locate(self, epoch: int, positions: Integers) -> Places:
         """The captions at positions of an epoch.

@@ -1,4 +1,4 @@
-"""Whole shards of an object store, kept on a local disk up to a size; the least recently used go first."""
+"""Whole files of an object store, kept on a local disk up to a size; the least recently used go first."""
 
 import contextlib
 import fcntl
@@ -11,61 +11,59 @@ from pathlib import Path
 from data_gen.shards import ShardError, Store
 
 _NUM_BYTES_AT_ONCE = 8 << 20
+_TIME_OF_CHANGE = (
+    10**18
+)  # ns; of each file as it was fetched, so that whatever is written into it later shows
 
 
 class ShardCache:
-    """Any number of processes may share the folder: one fetches a shard, the others wait for it.
+    """Any number of processes may share the folder: one fetches a file, the others wait for it.
 
-    A shard appears under its name whole. A process that reads a file keeps it open, so removal does it no
-    harm. What a killed process left half fetched is removed when room is made.
+    A file appears under its name whole and hashed; its digest is a part of the name. One that was changed
+    afterwards is fetched again. A process that reads a file has it open, so removal does it no harm. What a
+    killed process left half fetched is removed when room is made.
 
     Args:
         folder: Where to.
-        max_num_bytes: Size that the shards may have together.
+        max_num_bytes: Size that the files may have together.
     """
 
     def __init__(self, folder: Path, max_num_bytes: int) -> None:
         self._folder, self._max_num_bytes = folder / "shards", max_num_bytes
 
-    def path_of(self, store: Store, name: str) -> Path:
+    def path_of(self, store: Store, name: str, sha256: str) -> Path:
         """Where a file of a store is kept."""
         dataset = hashlib.sha256(store.url.encode()).hexdigest()[:16]
-        return self._folder / f"{dataset}-{name.replace('/', '-')}"
+        return self._folder / f"{dataset}-{sha256[:16]}-{name.replace('/', '-')}"
 
-    def fetch(self, store: Store, name: str, num_bytes: int, sha256: str) -> tuple[Path, bool]:
-        """The local copy of a file, marked as used now.
+    def open(self, store: Store, name: str, num_bytes: int, sha256: str) -> int:
+        """The local copy of a file, fetched if need be, and marked as used now.
 
         Returns:
-            Its path, and whether it was fetched, and so hashed, by this call.
+            A file descriptor to read from; the caller closes it.
 
         Raises:
             ShardError: The file in the store has another size or digest, or is larger than the cache.
             OSError: It cannot be read from the store or written here.
         """
-        path = self.path_of(store, name)
+        path = self.path_of(store, name, sha256)
         if num_bytes > self._max_num_bytes:
             raise ShardError(
                 f"cache.max_bytes must be >= {num_bytes}, the size of {store.name_of(name)}, "
                 f"got {self._max_num_bytes}"
             )
-        if self._touch(path, num_bytes):
-            return path, False
+        if (found := _open_unchanged(path, num_bytes)) is not None:
+            return found
         with self._being_fetched(path) as file:
-            if self._touch(path, num_bytes):
-                return path, False
+            if (found := _open_unchanged(path, num_bytes)) is not None:
+                return found
+            temporary = path.with_suffix(".tmp")
             self._make_room(file, num_bytes)
             _copy(store, name, file, num_bytes, sha256)
-            os.replace(path.with_suffix(".tmp"), path)
-        return path, True
-
-    def _touch(self, path: Path, num_bytes: int) -> bool:
-        """Marks a file as used now, by its time of access; that of change is what tells it from others."""
-        with contextlib.suppress(FileNotFoundError):
-            status = path.stat()
-            if status.st_size == num_bytes:
-                os.utime(path, ns=(time.time_ns(), status.st_mtime_ns))
-                return True
-        return False
+            os.utime(file, ns=(time.time_ns(), _TIME_OF_CHANGE))
+            found = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)
+            os.replace(temporary, path)
+        return found
 
     @contextlib.contextmanager
     def _being_fetched(self, path: Path) -> Iterator[int]:
@@ -110,6 +108,21 @@ class ShardCache:
         for path in self._folder.iterdir():
             with contextlib.suppress(FileNotFoundError):
                 yield path, path.stat()
+
+
+def _open_unchanged(path: Path, num_bytes: int) -> int | None:
+    """A file as it was fetched, marked as used now by its time of access; None where it is not there."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    status = os.fstat(file)
+    if (status.st_size, status.st_mtime_ns) == (num_bytes, _TIME_OF_CHANGE):
+        with contextlib.suppress(OSError):  # another user's file: it only goes sooner
+            os.utime(file, ns=(time.time_ns(), status.st_mtime_ns))
+        return file
+    os.close(file)
+    return None
 
 
 def _copy(store: Store, name: str, file: int, num_bytes: int, sha256: str) -> None:

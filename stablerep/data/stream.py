@@ -17,6 +17,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -32,7 +33,7 @@ from stablerep.augment import (
 from stablerep.backbones import IMAGENET_MEAN, IMAGENET_STD
 from stablerep.data.decoding import decode_views
 from stablerep.data.order import Order, Position
-from stablerep.data.sources import Extent, ShardedDataset
+from stablerep.data.sources import Extent, ShardedDataset, ShardTable
 
 Positives = Literal["caption", "image", "class"]
 
@@ -46,14 +47,15 @@ class Batch(TypedDict):
     Shapes:
         images: uint8 [num_captions, num_views, 3, H, W] from the worker, normalised float32 on the device.
         labels: int64 [num_captions]: equal numbers are each other's positives. 63 bits of the caption's id,
-            of the image's with positives="image", the class with positives="class".
+            of the image's with positives="image", the class with positives="class": of several datasets,
+            class 3 of one is class 3 of the others.
         captions: num_captions texts, "" where the data have none.
         colours: Parameters of the stage of colours, while that is to come.
         epoch: Index of the epoch.
         num_captions_taken: Captions of the epoch up to the end of this step, over all ranks.
         num_steps_left: Steps of the epoch that come after this one.
         num_dropped: By reason, as `DROP_REASONS`.
-        first_drop: Why, of the first that was dropped; "" where none was.
+        drops: Why, each message once.
     """
 
     images: Tensor
@@ -64,7 +66,7 @@ class Batch(TypedDict):
     num_captions_taken: int
     num_steps_left: int
     num_dropped: list[int]
-    first_drop: str
+    drops: list[str]
 
 
 @dataclass(frozen=True)
@@ -137,9 +139,16 @@ class Drop:
     message: str
 
 
-def label_of(identity: int, image_index: int) -> int:
-    """A number for an image of a caption, of 63 bits, as that of the caption itself."""
-    state = np.random.SeedSequence([identity, image_index]).generate_state(1, np.uint64)
+def label_of(dataset: int, identity: int, occurrence: int, image: int) -> int:
+    """A number for one image of all datasets, of 63 bits, as that of a caption.
+
+    Args:
+        dataset: Index of the dataset.
+        identity: Number of the caption.
+        occurrence: Which time the caption occurs in the dataset; each has images of its own.
+        image: Index of the image among those.
+    """
+    state = np.random.SeedSequence([dataset, identity, occurrence, image]).generate_state(1, np.uint64)
     return int(state[0]) >> 1
 
 
@@ -225,8 +234,13 @@ class StepStream(IterableDataset[dict[str, Any]]):
         for index, dataset in enumerate(self.datasets):
             own = np.flatnonzero(places.dataset == index)
             own = own[np.lexsort((places.sample[own], places.shard[own]))]
+            tables = dataset.tables(self._shuffle_for_this_process(np.unique(places.shard[own])))
             wanted = [
-                self._look_up(dataset, int(places.passes[i]), int(places.shard[i]), int(places.sample[i]))
+                self._look_up(
+                    index,
+                    tables[int(places.shard[i])],
+                    *(int(places.passes[i]), int(places.shard[i]), int(places.sample[i])),
+                )
                 for i in own
             ]
             extents = [extent for want in wanted if isinstance(want, _Wanted) for extent in want.extents]
@@ -237,22 +251,33 @@ class StepStream(IterableDataset[dict[str, Any]]):
                 )
         return found
 
+    def _shuffle_for_this_process(self, shards: NDArray[np.int64]) -> list[int]:
+        """In an order of its own, so that processes verify or fetch different shards at the same time."""
+        info = get_worker_info()
+        rng = np.random.default_rng([self.rank, info.id if info else 0])
+        return [int(shard) for shard in rng.permutation(shards)]
+
     def _look_up(
-        self, dataset: ShardedDataset, index_of_pass: int, shard: int, sample: int
+        self,
+        index: int,
+        table: ShardTable | ShardError | OSError,
+        index_of_pass: int,
+        shard: int,
+        sample: int,
     ) -> "_Wanted | Drop":
-        """Which images of a caption are drawn, and where they lie."""
-        try:
-            table = dataset.table(shard)
-        except ShardError as error:
-            return Drop("shard broken", str(error))
-        except OSError as error:
-            return Drop("image unreadable", str(error))
+        """Which images of a caption of a dataset are drawn, and where they lie."""
+        if isinstance(table, ShardError):
+            return Drop("shard broken", str(table))
+        if isinstance(table, OSError):
+            return Drop("image unreadable", str(table))
+        dataset = self.datasets[index]
         identity = int(table.ids[sample])
-        key = (index_of_pass, identity, int(table.occurrences[sample]))
+        occurrence = int(table.occurrences[sample])
+        key = (index_of_pass, identity, occurrence)
         images = self._rng(key).permutation(dataset.num_images)[: self.views.num_images].tolist()
         labels = {
             "caption": lambda: identity,
-            "image": lambda: label_of(identity, images[0]),
+            "image": lambda: label_of(index, identity, occurrence, images[0]),
             "class": lambda: int(table.labels[sample]),
         }
         extents = tuple(table.extent(shard, sample, image) for image in images)
@@ -265,8 +290,8 @@ class StepStream(IterableDataset[dict[str, Any]]):
             extents=extents,
         )
 
-    def _rng(self, key: Sequence[int], *more: int) -> np.random.Generator:
-        return np.random.default_rng([self.views.seed, _VIEWS, *key, *more])
+    def _rng(self, key: Sequence[int]) -> np.random.Generator:
+        return np.random.default_rng([self.views.seed, _VIEWS, *key])
 
     def _build_batch(self, captions: list[EncodedCaption | Drop]) -> dict[str, Any]:
         """Decodes a step's captions; those that cannot be used give way to others of the batch."""
@@ -288,7 +313,8 @@ class StepStream(IterableDataset[dict[str, Any]]):
         for place, drop in drops.items():
             if not places:
                 raise ValueError(f"{drop.message}; none of the {len(captions)} captions of a step is usable")
-            rng = np.random.default_rng([self.views.seed, _SUBSTITUTE, place, good[places[0]][0].key[1]])
+            key = good[places[0]][0].key
+            rng = np.random.default_rng([self.views.seed, _SUBSTITUTE, place, *key])
             other = good[places[int(rng.integers(len(places)))]][0]
             good[place] = other, self._draw(other, rng, images[place])
         used = [good[place] for place in range(len(captions))]
@@ -298,7 +324,7 @@ class StepStream(IterableDataset[dict[str, Any]]):
             "labels": torch.tensor([caption.label for caption, _ in used]),
             "captions": [caption.caption for caption, _ in used],
             "num_dropped": [reasons.count(reason) for reason in DROP_REASONS],
-            "first_drop": next((drop.message for drop in drops.values()), ""),
+            "drops": list(dict.fromkeys(drop.message for drop in drops.values())),
         }
         colours = stack_colours([colours for _, colours in used])
         if self.colours_in_worker:

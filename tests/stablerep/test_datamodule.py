@@ -259,6 +259,7 @@ def test_more_workers_than_steps_is_said_and_works(tmp_path: Path, caplog: pytes
         ({"num_workers": -1}, "num_workers must be >= 0, got -1"),
         ({"num_steps_read_ahead": 0}, "num_steps_read_ahead must be >= 1, got 0"),
         ({"num_captions_in_shuffle_window": 0}, "num_captions_in_shuffle_window must be >= 1, got 0"),
+        ({"image_size": 6}, "blur_kernel_size must be < 12, twice the image_size, got 13"),
         ({"error_budget_fraction": 1.0}, r"error_budget_fraction must be in \[0, 1\), got 1.0"),
         ({"roots": [WeightedRoot("a")]}, "one of root and roots must be given, got root 'nowhere'"),
     ],

@@ -28,6 +28,18 @@ def test_samples_are_those_of_webdataset(tmp_path: Path) -> None:
     assert len(set(found.ids.tolist())) == 9
 
 
+def test_equal_keys_of_two_tars_are_two_samples(tmp_path: Path) -> None:
+    for name in ("0.tar", "1.tar"):
+        write_labelled_tar(tmp_path / name, num_samples=4)
+    ids = [read(tmp_path / name).ids.tolist() for name in ("0.tar", "1.tar")]
+    assert len({*ids[0], *ids[1]}) == 8
+
+
+def test_suffix_in_capitals_is_one(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", [("a.JPG", IMAGE), ("a.CLS", b"1")])
+    assert read(tmp_path / "0.tar").labels.tolist() == [1]
+
+
 @pytest.mark.parametrize(
     ("members", "message"),
     [

@@ -86,6 +86,12 @@ def test_weight_too_small_to_be_dealt_is_refused() -> None:
         Order([[10], [10]], [1e-5, 1.0], 0, 4)
 
 
+def test_weight_too_small_to_be_dealt_within_an_epoch_is_refused() -> None:
+    message = "weight of dataset 0 must give it a caption in an epoch of 100, got 0.001 of the sum"
+    with pytest.raises(ValueError, match=message):
+        Order([[50], [50]], [0.001, 0.999], 0, 4)
+
+
 def test_position_after_steps_equals_counting() -> None:
     order = Order([[25]], None, 0, 4)
     for size in (3, 4, 25):

@@ -75,7 +75,26 @@ def test_images_are_those_of_the_samples_in_the_cache(root: Path, remote: str, t
     dataset = open_generated(remote, CacheConfig(str(tmp_path / "cache")))
     assert read_all(dataset) == expected(root)
     assert len(list((tmp_path / "cache" / "shards").glob("*.tar"))) == 2
-    fsspec.filesystem("memory").store.pop("/remote/shards/00000.tar")
+    for name in ("00000.tar", "00000.parquet", "00001.parquet"):
+        fsspec.filesystem("memory").store.pop(f"/remote/shards/{name}")
+    dataset._forget()  # as another process
+    assert read_all(dataset) == expected(root)
+
+
+def test_damaged_copy_in_the_cache_is_replaced(root: Path, remote: str, tmp_path: Path) -> None:
+    cache = CacheConfig(str(tmp_path / "cache"))
+    read_all(open_generated(remote, cache))
+    for path in (tmp_path / "cache" / "shards").iterdir():
+        path.write_bytes(bytes(path.stat().st_size))
+    assert read_all(open_generated(remote, cache)) == expected(root)
+
+
+def test_cache_for_one_shard_at_a_time_still_gives_every_image(
+    root: Path, remote: str, tmp_path: Path
+) -> None:
+    largest = max((root / name).stat().st_size for name in ("00000.tar", "00001.tar"))
+    dataset = open_generated(remote, CacheConfig(str(tmp_path / "cache"), max_bytes=largest))
+    dataset.tables([0, 1])
     assert read_all(dataset) == expected(root)
 
 
@@ -117,6 +136,11 @@ def test_image_beyond_a_torn_end_is_an_error_of_its_own(root: Path) -> None:
 def test_neighbours_are_read_in_one_request() -> None:
     extents = [Extent(0, 0, 100, ""), Extent(1, 500, 10, ""), Extent(0, 10**6, 5, ""), Extent(0, 150, 50, "")]
     assert _group(extents, [0, 3, 2, 1]) == [[0, 3], [2], [1]]
+
+
+def test_request_has_a_bound() -> None:
+    extents = [Extent(0, place * (3 << 20), 3 << 20, "") for place in range(5)]
+    assert _group(extents, [0, 1, 2, 3, 4]) == [[0, 1], [2, 3], [4]]
 
 
 def rewrite_table(root: Path, shard: str, change) -> None:  # type: ignore[no-untyped-def]
@@ -172,11 +196,31 @@ def test_shard_with_images_of_another_size_is_named(root: Path) -> None:
         return table
 
     rewrite_table(root, "00001", enlarge)
-    dataset = open_generated(root)
     with pytest.raises(
-        MalformedDataError, match=r"00001\.tar: images of 64×64 pixels, of 16×16 in other shards"
+        MalformedDataError, match=r"00001\.parquet: images of 64×64 pixels, of 16×16 in .*00000\.parquet"
     ):
+        open_generated(root)
+
+
+def test_later_shard_without_a_column_is_named_before_the_first_step(root: Path) -> None:
+    rewrite_table(root, "00001", lambda table: table.drop_columns(["caption_id"]))
+    with pytest.raises(MalformedDataError, match=r"00001\.parquet: column caption_id is missing"):
+        open_generated(root)
+
+
+@pytest.mark.parametrize("cut", [0, 3, 1000])
+def test_damaged_side_car_of_a_later_shard_is_a_broken_shard(root: Path, cut: int) -> None:
+    content = (root / "00001.parquet").read_bytes()
+    (root / "00001.parquet").write_bytes(content[:cut] + bytes(len(content) - cut))
+    dataset = open_generated(root)
+    with pytest.raises(ShardError, match=r"00001\.parquet: sha256 is"):
         dataset.table(1)
+    (root / "00001.parquet").write_bytes(content[:cut])
+    with pytest.raises(ShardError, match=r"00001\.parquet: has \d+ bytes"):
+        open_generated(root).table(1)
+    (root / "00001.parquet").unlink()
+    with pytest.raises(ShardError, match=r"00001\.parquet: missing"):
+        open_generated(root).table(1)
 
 
 def test_broken_shard_is_told_again_without_being_read_again(root: Path) -> None:

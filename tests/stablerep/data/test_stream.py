@@ -1,18 +1,21 @@
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import fsspec  # type: ignore[import-untyped]
+import numpy as np
 import pytest
 import torch
 
 from data_gen.shards import Store
 from stablerep.augment import AugmentationConfig
+from stablerep.data import sources
 from stablerep.data.opening import open_dataset
 from stablerep.data.order import Order, Position
-from stablerep.data.sources import ON_THIS_MACHINE, CacheConfig
+from stablerep.data.sources import ON_THIS_MACHINE, CacheConfig, GeneratedDataset, ShardTable
 from stablerep.data.stream import StepStream, ViewConfig, label_of
-from tests.stablerep.datasets import write_dataset
+from tests.stablerep.datasets import write_dataset, write_labelled_tar
 
 IDENTITY = AugmentationConfig((1.0, 1.0), (1.0, 1.0), flip_probability=0.0)
 NUM_CAPTIONS = 24
@@ -118,6 +121,57 @@ def test_stream_goes_on_within_an_epoch(root: Path) -> None:
 
 
 def test_labels_of_images_are_63_bits_and_differ() -> None:
-    labels = {label_of(2**63 - 1, index) for index in range(100)}
-    assert len(labels) == 100
+    places = [*itertools.product(range(2), [5, 2**63 - 1], range(3), range(10))]
+    labels = {label_of(*place) for place in places}
+    assert len(labels) == len(places)
     assert all(0 <= label < 2**63 for label in labels)
+
+
+def test_images_of_datasets_that_share_their_captions_have_labels_of_their_own(root: Path) -> None:
+    views = ViewConfig(2, "image", 16, IDENTITY, seed=0)
+    datasets = [open_dataset(str(root), ON_THIS_MACHINE) for _ in range(2)]
+    order = Order([dataset.num_samples for dataset in datasets], [1.0, 1.0], 0, 8)
+    found = batches(StepStream(datasets, order, views, 4))
+    labels = [label for batch in found for label in batch["labels"].tolist()]
+    assert len(set(labels)) == len(labels) == 2 * NUM_CAPTIONS
+
+
+def test_processes_ask_for_shards_in_orders_of_their_own(root: Path) -> None:
+    streams = [build_stream(root, rank=rank, num_ranks=4) for rank in range(4)]
+    orders = [stream._shuffle_for_this_process(np.arange(20)) for stream in streams]
+    assert len({tuple(order) for order in orders}) == 4
+    assert all(sorted(order) == list(range(20)) for order in orders)
+
+
+def test_shard_that_cannot_be_read_is_tried_once_for_all_its_captions(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = build_stream(root, num_captions_per_rank=12)
+    calls: list[int] = []
+    read_table = GeneratedDataset._read_table
+
+    def fail(dataset: GeneratedDataset, shard: int) -> ShardTable:
+        calls.append(shard)
+        if shard == 0:
+            raise OSError("the store is away")
+        return read_table(dataset, shard)
+
+    monkeypatch.setattr(GeneratedDataset, "_read_table", fail)
+    clock = [0.0]
+    monkeypatch.setattr(sources.time, "monotonic", lambda: clock[0])
+    for epoch in range(2):  # a shard's captions are in both steps of an epoch
+        found = batches(stream, Position(epoch, 0))
+        assert sum(sum(batch["num_dropped"]) for batch in found) == 9
+        assert {message for batch in found for message in batch["drops"]} == {"the store is away"}
+    assert calls.count(0) == 1
+    clock[0] = 61.0
+    batches(stream, Position(2, 0))
+    assert calls.count(0) == 2
+
+
+def test_images_of_equal_keys_in_two_tars_have_labels_of_their_own(tmp_path: Path) -> None:
+    for name in ("0.tar", "1.tar"):
+        write_labelled_tar(tmp_path / name, num_samples=8)
+    found = batches(build_stream(tmp_path, positives="image"))
+    labels = [label for batch in found for label in batch["labels"].tolist()]
+    assert len(set(labels)) == len(labels) == 16
