@@ -1,6 +1,7 @@
 import csv
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -233,6 +234,64 @@ def test_another_number_of_ranks_than_was_started_is_refused(
         monkeypatch.setenv(name, value)
     assert fit(*folders, *SMALL, "--trainer.devices", "2") == 1
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_ranks_that_do_not_meet_say_so_in_one_line(
+    folders: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as taken:  # bound, and nobody listens
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        environment = {
+            **{
+                "TORCHELASTIC_RUN_ID": "7",
+                "WORLD_SIZE": "2",
+                "RANK": "1",
+                "LOCAL_RANK": "0",
+                "GROUP_RANK": "1",
+            },
+            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        }
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        options = ["--trainer.num_nodes", "2", "--rank_timeout_seconds", "1"]
+        assert fit(*folders, *SMALL, *options) == 1
+    last_line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last_line.startswith(f"stablerep fit: error: the ranks did not meet at 127.0.0.1:{port} within")
+
+
+@pytest.mark.distributed
+def test_others_know_when_the_rank_that_holds_their_store_has_left(tmp_path: Path) -> None:
+    """Under torchrun and Slurm; it, or who started it, says why, and the others need not."""
+    program = f"""
+import os, time
+import torch.distributed as dist
+from stablerep.fit import _has_first_rank_left
+dist.init_process_group("gloo")
+assert not _has_first_rank_left()
+dist.barrier()
+if dist.get_rank() == 0:
+    os._exit(0)
+while not os.path.exists({str(tmp_path / "gone")!r}):
+    time.sleep(0.01)
+os._exit(0 if _has_first_rank_left() else 1)
+"""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        meeting_place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    environment = os.environ | meeting_place | {"WORLD_SIZE": "2", "PYTHONPATH": str(CONFIGS.parent)}
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", program], env=environment | {"RANK": str(rank)})
+        for rank in range(2)
+    ]
+    try:
+        assert ranks[0].wait(TIMEOUT_SECONDS) == 0
+        (tmp_path / "gone").touch()
+        assert ranks[1].wait(TIMEOUT_SECONDS) == 0
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
 
 
 @pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")  # as stablerep.fit.main has it
