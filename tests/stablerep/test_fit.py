@@ -299,7 +299,7 @@ os._exit(0 if _has_first_rank_left() else 1)
 def test_ranks_wait_for_each_other_as_long_as_was_asked(strategy: str, folders: list[str]) -> None:
     words = ["--config", str(CONFIGS / "embedded.yaml"), *folders, *SMALL, "--trainer.devices", "2"]
     cli = build_cli([*words, "--rank_timeout_seconds", "7", "--trainer.strategy", strategy])
-    assert cli.trainer.strategy._timeout == timedelta(seconds=7)
+    assert vars(cli.trainer.strategy)["_timeout"] == timedelta(seconds=7)
 
 
 @pytest.mark.parametrize(
