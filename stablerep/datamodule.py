@@ -170,7 +170,9 @@ class MultiPositiveDataModule(pl.LightningDataModule):
             raise ValueError(f"one of root and roots must be given, got root {root!r} and roots {roots}")
         self.roots = roots or [WeightedRoot(root)]
         self.num_captions_per_rank = num_captions_per_rank
-        self.views = ViewConfig(num_views_per_caption, positives, image_size, augmentation, seed)
+        self.views = ViewConfig(
+            num_views_per_caption, positives, image_size, augmentation, seed, needs_captions
+        )
         self.num_workers = num_workers
         self.num_captions_in_shuffle_window = num_captions_in_shuffle_window
         self.error_budget_fraction = error_budget_fraction

@@ -37,7 +37,7 @@ from stablerep.data.sources import Extent, ShardedDataset, ShardTable
 
 Positives = Literal["caption", "image", "class"]
 
-DROP_REASONS = ("shard broken", "image unreadable", "image undecodable")
+DROP_REASONS = ("shard broken", "image unreadable", "image undecodable", "caption empty")
 _VIEWS, _SUBSTITUTE = range(2)  # keep the random numbers of the two apart
 
 
@@ -80,6 +80,7 @@ class ViewConfig:
         image_size: Side of a view, pixels.
         augmentation: Distribution of the views.
         seed: Seed of every draw.
+        needs_captions: Drop captions without a word: there is a text tower.
     """
 
     num_views: int
@@ -87,6 +88,7 @@ class ViewConfig:
     image_size: int
     augmentation: AugmentationConfig
     seed: int
+    needs_captions: bool = False
 
     @property
     def num_images(self) -> int:
@@ -271,6 +273,9 @@ class StepStream(IterableDataset[dict[str, Any]]):
         if isinstance(table, OSError):
             return Drop("image unreadable", str(table))
         dataset = self.datasets[index]
+        caption = "" if table.captions is None else table.captions[sample].as_py()
+        if self.views.needs_captions and not caption.strip():
+            return Drop("caption empty", f"sample {sample} of {dataset.name_of(shard)} has an empty caption")
         identity = int(table.ids[sample])
         occurrence = int(table.occurrences[sample])
         key = (index_of_pass, identity, occurrence)
@@ -285,7 +290,7 @@ class StepStream(IterableDataset[dict[str, Any]]):
         return _Wanted(
             key=key,
             label=labels[self.views.positives](),
-            caption="" if table.captions is None else table.captions[sample].as_py(),
+            caption=caption,
             names=tuple(f"{table.image_name(sample, image)} of {where}" for image in images),
             extents=extents,
         )

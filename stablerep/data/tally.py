@@ -66,5 +66,7 @@ class Tally:
         """Goes on at a position; counts that are not of what precedes it are left."""
         tally = cls(position.epoch, position.num_captions)
         if state["num_used"] + sum(state["num_dropped"]) == position.num_captions:
-            tally.num_used, tally.num_dropped = state["num_used"], list(state["num_dropped"])
+            for index, num_dropped in enumerate(state["num_dropped"]):  # an older one knew fewer reasons
+                tally.num_dropped[index] = num_dropped
+            tally.num_used = state["num_used"]
         return tally

@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -49,10 +50,12 @@ def write_dataset(
     size: int = 16,
     corrupt: frozenset[int] | set[int] = frozenset(),
     prefix: str = "",
+    empty: frozenset[int] | set[int] = frozenset(),
 ) -> list[str]:
     """Writes shards of the given numbers of captions; returns the captions in order.
 
-    The captions whose indices are in `corrupt` have an image that cannot be decoded; all begin with `prefix`.
+    The captions whose indices are in `corrupt` have an image that cannot be decoded, those in `empty` have no
+    text; all others begin with `prefix`.
     """
     captions = [f"{prefix} caption number {index}".strip() for index in range(sum(num_captions_of_shards))]
     root.mkdir(parents=True, exist_ok=True)
@@ -75,7 +78,8 @@ def write_dataset(
     for shard_index, num_captions in enumerate(num_captions_of_shards):
         with ShardWriter(root, manifest, shard_index) as writer:
             for index in range(first, first + num_captions):
-                writer.write(build_sample(captions[index], num_images, size, corrupt=index in corrupt))
+                sample = build_sample(captions[index], num_images, size, corrupt=index in corrupt)
+                writer.write(replace(sample, caption="") if index in empty else sample)
             writer.publish(num_planned=num_captions, seconds=1.0)
         first += num_captions
     return captions

@@ -175,6 +175,20 @@ def test_missing_shard_is_refused(tmp_path: Path) -> None:
         exhaust(build_data(tmp_path))
 
 
+def test_empty_caption_is_dropped_where_there_is_a_text_tower(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_dataset(tmp_path, [16], num_images=2, empty={5})
+    with caplog.at_level(logging.INFO):
+        options = {"num_captions_per_rank": 8, "error_budget_fraction": 0.1}
+        found = batches_of_epoch(build_data(tmp_path, needs_captions=True, **options))
+    assert all(caption for batch in found for caption in batch["captions"])
+    assert "16 captions expected = 15 used + 1 dropped (caption empty 1)" in caplog.text
+    assert "" in [
+        caption for batch in batches_of_epoch(build_data(tmp_path)) for caption in batch["captions"]
+    ]
+
+
 def test_step_without_a_usable_caption_stops(tmp_path: Path) -> None:
     write_dataset(tmp_path, [4], num_images=2, corrupt={0, 1, 2, 3})
     with pytest.raises(ValueError, match="none of the 4 captions of a step is usable"):
