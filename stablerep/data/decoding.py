@@ -66,12 +66,13 @@ def decode_upright(data: bytes | bytearray, name: str) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the bound below is ours
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 _check_num_pixels(image.width * image.height)
-                return _to_rgb(ImageOps.exif_transpose(image))
+                return to_rgb(ImageOps.exif_transpose(image))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise _undecodable(name, error) from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The image in RGB: grey levels of 16 bits scaled to 8, transparency left out."""
     if image.mode in _SIXTEEN_BIT_MODES:  # Pillow clips them at 255
         levels = np.asarray(image).astype(np.float32) / _LEVELS_PER_LEVEL
         image = Image.fromarray(levels.round().clip(0, 255).astype(np.uint8))

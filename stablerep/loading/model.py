@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
+from stablerep.data.decoding import to_rgb
 from stablerep.text import TextConfig
 
 Kind = Literal["checkpoint", "stablerep", "timm", "open_clip"]
@@ -84,10 +85,7 @@ class EvaluationTransform:
         )
 
     def __call__(self, image: Image.Image) -> Tensor:
-        upright = ImageOps.exif_transpose(image)
-        # A palette with transparency has to pass through RGBA; Pillow warns otherwise.
-        rgb = (upright.convert("RGBA") if "transparency" in upright.info else upright).convert("RGB")
-        tensor: Tensor = self._transform(rgb)
+        tensor: Tensor = self._transform(to_rgb(ImageOps.exif_transpose(image)))
         return tensor
 
     def __repr__(self) -> str:

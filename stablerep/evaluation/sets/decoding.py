@@ -3,14 +3,12 @@
 import io
 import warnings
 
-import numpy as np
 from PIL import Image, ImageOps
+
+from stablerep.data.decoding import MAX_IMAGE_PIXELS, to_rgb
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 MAX_IMAGE_BYTES = 64 * 2**20
-MAX_IMAGE_PIXELS = 2**26
-_SIXTEEN_BIT_MODES = ("I", "I;16", "I;16L", "I;16B")
-_LEVELS_PER_LEVEL = 257  # 65535 / 255
 
 
 def decode_image(data: bytes, name: str) -> Image.Image:
@@ -36,12 +34,3 @@ def decode_image(data: bytes, name: str) -> Image.Image:
         Image.DecompressionBombWarning,
     ) as error:
         raise ValueError(f"{name}: not a readable image ({' '.join(str(error).split())})") from error
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """The image in RGB, its transparency left out."""
-    if image.mode in _SIXTEEN_BIT_MODES:
-        levels = np.asarray(image).astype(np.float32) / _LEVELS_PER_LEVEL
-        image = Image.fromarray(levels.round().clip(0, 255).astype(np.uint8))
-    # A palette with transparency has to pass through RGBA; Pillow warns otherwise.
-    return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")

@@ -16,7 +16,7 @@ from PIL import Image
 from torchvision import datasets
 
 from stablerep.arguments import suggest
-from stablerep.evaluation.sets.decoding import to_rgb
+from stablerep.data.decoding import to_rgb
 from stablerep.evaluation.sets.labelled import (
     FileRange,
     ImageContent,
