@@ -23,6 +23,8 @@ OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
 }
 DEFAULT_METRIC = "accuracy"
+ScoreKey = tuple[str, str, str]
+"""Protocol, metric and feature, as `Row.key`."""
 _PATTERN = re.compile(
     r"\s*(?P<score>[^\s<>=\[\]]+)\s*(?:\[\s*(?P<feature>[^\s\[\]]+)\s*\])?\s*"
     r"(?P<operator>>=|<=|>|<)\s*(?P<value>[^\s%<>=]+)\s*(?P<percent>%?)\s*"
@@ -90,18 +92,18 @@ def parse_requirement(text: str) -> Requirement:
     )
 
 
-def check_protocols(requirements: Iterable[Requirement], protocols: Collection[str]) -> None:
-    """Refuses requirements on protocols that will not be run; to be called before the work.
+def check_requirements(requirements: Iterable[Requirement], scores: Sequence[ScoreKey]) -> None:
+    """Refuses what no score can answer; to be called before the work.
 
     Args:
         requirements: From `parse_requirement`.
-        protocols: Names of the rows to come, such as `knn20`, `linear_heldout`.
+        scores: Protocol, metric and feature of the scores to come; some may not.
 
     Raises:
-        ValueError: If a requirement names none of them.
+        ValueError: As `find_unmet`.
     """
     for requirement in requirements:
-        _split_score(requirement, protocols)
+        _find_score(requirement, scores)
 
 
 def find_unmet(requirements: Iterable[Requirement], rows: Sequence[Row]) -> list[Unmet]:
@@ -116,13 +118,9 @@ def find_unmet(requirements: Iterable[Requirement], rows: Sequence[Row]) -> list
             outside of [0, 1].
     """
     unmet = []
+    found = {row.key: row for row in rows}
     for requirement in requirements:
-        row = _find_row(requirement, rows)
-        if describe_metric(row.metric).is_fraction and not 0 <= requirement.bound <= 1:
-            raise ValueError(
-                f"require '{requirement.text}': {row.metric} is a fraction in [0, 1], got "
-                f"{requirement.bound:g}; write {requirement.bound:g}% for per cent"
-            )
+        row = found[_find_score(requirement, list(found))]
         if not OPERATORS[requirement.operator](row.value, requirement.bound):
             unmet.append(Unmet(requirement, row))
     return unmet
@@ -142,10 +140,10 @@ def _split_score(requirement: Requirement, protocols: Collection[str]) -> tuple[
     )
 
 
-def _find_row(requirement: Requirement, rows: Sequence[Row]) -> Row:
-    protocol, metric = _split_score(requirement, {row.protocol for row in rows})
-    found = [row for row in rows if row.protocol == protocol]
-    metrics = list(dict.fromkeys(row.metric for row in found))
+def _find_score(requirement: Requirement, scores: Sequence[ScoreKey]) -> ScoreKey:
+    protocol, metric = _split_score(requirement, {score[0] for score in scores})
+    found = [score for score in scores if score[0] == protocol]
+    metrics = list(dict.fromkeys(score[1] for score in found))
     if metric is None:
         metric = metrics[0] if len(metrics) == 1 else DEFAULT_METRIC
         if metric not in metrics:
@@ -158,18 +156,24 @@ def _find_row(requirement: Requirement, rows: Sequence[Row]) -> Row:
             f"require '{requirement.text}': {protocol} has no metric '{metric}'{suggest(metric, metrics)}; "
             f"it has {', '.join(metrics)}"
         )
-    found = [row for row in found if row.metric == metric]
-    features = [row.feature for row in found]
-    if requirement.feature is not None:
-        found = [row for row in found if row.feature == requirement.feature]
-        if not found:
-            raise ValueError(
-                f"require '{requirement.text}': {protocol} has no feature '{requirement.feature}'; it has "
-                f"{', '.join(features)}"
-            )
-    if len(found) > 1:
+    if describe_metric(metric).is_fraction and not 0 <= requirement.bound <= 1:
+        raise ValueError(
+            f"require '{requirement.text}': {metric} is a fraction in [0, 1], got {requirement.bound:g}; "
+            f"write {requirement.bound:g}% for per cent"
+        )
+    return protocol, metric, _find_feature(requirement, protocol, [s[2] for s in found if s[1] == metric])
+
+
+def _find_feature(requirement: Requirement, protocol: str, features: Sequence[str]) -> str:
+    feature = requirement.feature
+    if feature is not None and feature not in features:
+        raise ValueError(
+            f"require '{requirement.text}': {protocol} has no feature '{feature}'; it has "
+            f"{', '.join(features)}"
+        )
+    if feature is None and len(features) > 1:
         raise ValueError(
             f"require '{requirement.text}': {protocol} has several features, name one: "
             f"{', '.join(f'{protocol}[{name}]' for name in features)}"
         )
-    return found[0]
+    return features[0] if feature is None else feature

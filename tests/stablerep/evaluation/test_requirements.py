@@ -2,7 +2,7 @@
 
 import pytest
 
-from stablerep.evaluation.requirements import check_protocols, find_unmet, parse_requirement
+from stablerep.evaluation.requirements import check_requirements, find_unmet, parse_requirement
 from stablerep.evaluation.results import Row
 
 
@@ -85,17 +85,16 @@ def test_a_value_that_is_no_finite_number_is_refused(value: str) -> None:
         ("knn20>=55", r"accuracy is a fraction in \[0, 1\], got 55; write 55% for per cent"),
     ],
 )
-def test_a_requirement_on_no_score_or_on_several_is_refused(text: str, message: str) -> None:
+def test_a_requirement_on_no_score_or_on_several_is_refused_before_the_work_and_after_it(
+    text: str, message: str
+) -> None:
+    requirement = parse_requirement(text)
     with pytest.raises(ValueError, match=message):
-        find_unmet([parse_requirement(text)], ROWS)
+        check_requirements([requirement], [row.key for row in ROWS])
+    with pytest.raises(ValueError, match=message):
+        find_unmet([requirement], ROWS)
 
 
-def test_unknown_protocols_are_refused_before_the_work() -> None:
-    protocols = ["knn20", "robustness.fog"]
-    check_protocols(
-        [parse_requirement("knn20.accuracy>=0.5"), parse_requirement("robustness.fog>0")], protocols
-    )
-    with pytest.raises(
-        ValueError, match="there is no protocol 'linear' in this evaluation; it has knn20, robustness"
-    ):
-        check_protocols([parse_requirement("linear>=0.5")], protocols)
+def test_a_requirement_on_one_score_is_no_error_before_the_work() -> None:
+    requirements = [parse_requirement(text) for text in ("knn20.accuracy>=0.5", "robustness.fog>0")]
+    check_requirements(requirements, [row.key for row in ROWS])
