@@ -27,7 +27,7 @@ FIT = [
 GENERATE = ["generate", "--captions={}/captions.txt", "--output={}/new"]
 EVALUATE = [
     *("evaluate", "--checkpoint={}/model.ckpt", "--data={}/labelled", "--output={}/scores"),
-    *("--protocols=[knn]", "--knn.k=3", "--num_workers=0", "--device=cpu"),
+    *("--protocols=[knn]", "--knn.k=[3]", "--num_workers=0", "--device=cpu", "--cache={}/features"),
 ]
 VERIFY = ["verify", "--dataset={}/shards"]
 WORDS = {"generate": GENERATE, "fit": FIT, "evaluate": EVALUATE, "verify": VERIFY}
@@ -206,12 +206,12 @@ def no_labelled_shard(place: Path) -> None:
     ("damage", "options", "message"),
     [
         (nothing, ["--checkpoint={}/none.ckpt"], "checkpoint {}/none.ckpt does not exist"),
-        (other_model, ["--checkpoint={}/other.ckpt"], "checkpoint {}/other.ckpt is of another model"),
+        (other_model, ["--checkpoint={}/other.ckpt"], "checkpoint {}/other.ckpt is no vision transformer"),
         (nothing, ["--checkpoint={}/file"], "checkpoint {}/file is not readable"),
         (truncate("model.ckpt", 5000), [], "checkpoint {}/model.ckpt is not readable"),
         (truncate("labelled/test/circle/2.png", 60), [], "test/circle/2.png: not a readable image"),
         (nothing, ["--data={}/none"], "labelled set not found: {}/none is not a folder"),
-        (nothing, ["--data={}/shards"], "labelled set {}/shards has no train/ folder"),
+        (nothing, ["--data={}/shards"], "knn needs classes, but the labels of {}/shards are its captions"),
         (torn_labelled_tar, [], "{}/labelled/test/00000.tar: the tar is truncated"),
         (no_labelled_shard, [], "no images in {}/labelled/test"),
         (nothing, ["--output={}/file/scores"], "Not a directory: {}/file/scores"),

@@ -11,6 +11,7 @@ import torch
 from data_gen.shards import list_complete_shards, read_samples
 from stablerep.backbones import load_backbone
 from stablerep.cli import main
+from stablerep.evaluation.results import read_results
 
 CONFIG = Path(__file__).parents[1] / "configs" / "embedded.yaml"
 NUM_CAPTIONS, NUM_IMAGES, NUM_TRAIN, NUM_TEST = 12, 2, 64, 24
@@ -35,6 +36,7 @@ def test_captions_become_scores(
     tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     run("scenes", "--captions", "captions.txt", "--num_captions", NUM_CAPTIONS)
     run("scenes", "--output", "scenes", "--num_train", NUM_TRAIN, "--num_test", NUM_TEST, "--image_size", 16)
     model = ["--generator.model", tiny_pipeline, "--generator.num_inference_steps", 2]
@@ -56,20 +58,22 @@ def test_captions_become_scores(
     assert load_backbone(checkpoint).image_size == 16
     assert "knn_top1" in Path("run", "metrics.csv").read_text()
 
-    quick = ["--linear.num_epochs", 2, "--linear.num_views", 1, "--knn.k", 5, "--num_workers", 0]
+    quick = ["--linear.num_epochs", 2, "--linear.num_views", 1, "--knn.k", "[5]", "--num_workers", 0]
     for options in ([], ["--random_init"]):
         run("evaluate", "--checkpoint", checkpoint, "--data", "scenes", "--device", "cpu", *quick, *options)
     folders = sorted(Path("run", "checkpoints", "evaluation").iterdir())
     assert [folder.name for folder in folders] == ["last-scenes", "last-scenes-random_init"]
     for folder in folders:
-        results = json.loads((folder / "results.json").read_text())
-        assert results["checkpoint"]["random_init"] == folder.name.endswith("random_init")
-        assert results["data"]["num_images"] == {"train": NUM_TRAIN, "test": NUM_TEST}
-        names = [row["name"] for row in results["results"]]
+        results = read_results(folder)
+        is_random = folder.name.endswith("random_init")
+        assert results.provenance.model == f"{checkpoint}{' (random initialisation)' if is_random else ''}"
+        run_facts = json.loads((folder / "run.json").read_text())["facts"]
+        assert run_facts["data"]["images"] == {"train": NUM_TRAIN, "test": NUM_TEST}
+        names = [row.protocol for row in results.rows]
         assert names == ["linear_paper", "linear_heldout", "linear_bn_paper", "linear_bn_heldout", "knn5"]
-        for row in results["results"]:
-            low, high = row["interval"]
-            assert 0 <= low <= row["value"] <= high <= 1
-            assert row["n"] == NUM_TEST
-        assert {"results.md", "predictions.npz"} <= set(os.listdir(folder))
+        for row in results.rows:
+            assert row.interval is not None
+            assert 0 <= row.interval[0] <= row.value <= row.interval[1] <= 1
+            assert row.n == NUM_TEST
+        assert {"report.md", "report.html", "predictions.npz"} <= set(os.listdir(folder))
     assert "Traceback" not in capsys.readouterr().err

@@ -9,10 +9,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from data_gen.shards import list_complete_shards, read_samples
 from stablerep.demo.budget import Budget
 from stablerep.demo.runner import Record
-from stablerep.evaluation.report import compare_runs, read_results
+from stablerep.evaluation.results import Results, Row, read_results
+from stablerep.evaluation.sets import read_labelled_set
+from stablerep.evaluation.statistics import PairedDifference, paired_difference
 
 RUN_TITLES = {"stablerep": "StableRep", "simclr": "SimCLR", "random": "random initialisation"}
 """The three sets of weights, in the order that is claimed."""
@@ -76,31 +80,60 @@ def collect_results(
         options: The demo's own options.
     """
     evaluations = {run: read_results(root / "evaluation" / run) for run in RUN_TITLES}
-    scores = {run: {score["name"]: score for score in found["results"]} for run, found in evaluations.items()}
     differences = compare_all(root / "evaluation")
+    num_classes = len(read_labelled_set(root / "scenes").classes)
     return {
         "schema_version": 1,
         "claim": judge(differences, budget.label_by),
-        "scores": scores,
+        "scores": {run: describe_scores(found) for run, found in evaluations.items()},
         "differences": [asdict(difference) | {"holds": difference.holds} for difference in differences],
         "curves": {run: read_curves(root / run / "metrics.csv") for run in ("stablerep", "simclr")},
         "steps": [asdict(record) for record in records],
         "options": dict(options),
-        "budget": asdict(budget) | {"num_images": budget.num_images, "chance": _chance(evaluations)},
+        "budget": asdict(budget) | {"num_images": budget.num_images, "chance": 1 / num_classes},
         "machine": describe_machine(),
-        "versions": evaluations["stablerep"]["versions"],
+        "versions": dict(evaluations["stablerep"].provenance.versions),
     }
 
 
 def compare_all(folder: Path) -> list[Difference]:
-    """Each run against the next, under each protocol; `folder` holds an evaluation a run."""
-    runs = list(RUN_TITLES)
+    """Each run against the next, under each protocol; `folder` holds an evaluation a run.
+
+    Raises:
+        ValueError: If the runs had other test images, or one has not every score.
+    """
+    runs = {run: read_results(folder / run) for run in RUN_TITLES}
     found = []
     for protocol in PROTOCOL_TITLES:
         for above, below in pairwise(runs):
-            paired = compare_runs(folder / above, folder / below, protocol)
+            paired = _compare(runs[above], runs[below], protocol)
             found.append(Difference(protocol, above, below, paired.difference, paired.low, paired.high))
     return found
+
+
+def _compare(a: Results, b: Results, protocol: str) -> PairedDifference:
+    """Accuracy of A less that of B, paired by test image."""
+    correct = []
+    for row in (_find_row(a, protocol), _find_row(b, protocol)):
+        assert row.predictions is not None
+        assert row.targets is not None
+        correct.append(torch.from_numpy(row.predictions == row.targets))
+    if a.names != b.names or a.provenance.hashes["data"] != b.provenance.hashes["data"]:
+        raise ValueError(f"{a.folder} and {b.folder} were evaluated on other test images")
+    return paired_difference(*correct)
+
+
+def _find_row(results: Results, protocol: str) -> Row:
+    row = next((row for row in results.rows if row.key == (protocol, "accuracy", "cls")), None)
+    if row is None:
+        raise ValueError(f"{results.folder} has no score '{protocol}'")
+    return row
+
+
+def describe_scores(results: Results) -> dict[str, dict[str, Any]]:
+    """The rows of an evaluation by protocol, in plain types."""
+    fields = ("metric", "value", "interval", "interval_method", "n", "selection", "hyperparameters")
+    return {row.protocol: {name: getattr(row, name) for name in fields} for row in results.rows}
 
 
 def judge(differences: Sequence[Difference], label_by: str) -> dict[str, Any]:
@@ -159,8 +192,6 @@ def choose_grid(root: Path) -> list[GridRow]:
 
 def describe_machine() -> dict[str, Any]:
     """What the seconds were measured on."""
-    import torch
-
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "processor": _read_processor_name(),
@@ -197,10 +228,6 @@ def _points(fraction: float) -> str:
 def _overlap(row: GridRow, other: GridRow) -> float:
     words, others = set(row.caption.split()), set(other.caption.split())
     return len(words & others) / len(words | others)
-
-
-def _chance(evaluations: Mapping[str, Any]) -> float:
-    return 1 / len(evaluations["stablerep"]["data"]["classes"])
 
 
 def _read_processor_name() -> str:

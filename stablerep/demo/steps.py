@@ -156,6 +156,8 @@ def _plan_evaluate(name: str, trained: str, root: Path, budget: Budget, seed: in
         "checkpoint": root / trained / "checkpoints" / "last.ckpt",
         "data": root / "scenes",
         "output": root / "evaluation" / name,
+        # Each set of weights is evaluated once, and the demo leaves nothing outside of its folder.
+        "cache": "null",
         "linear.num_epochs": budget.num_probe_epochs,
         "linear.num_views": budget.num_probe_views,
         "linear.num_images_per_batch": 256,

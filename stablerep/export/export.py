@@ -66,8 +66,8 @@ class ExportConfig:
     """Licence of the weights, an identifier of the hub such as apache-2.0; it depends on the generator and on
     the captions, so none is assumed."""
     results: str | None = None
-    """results.jsonl or results.json of `stablerep evaluate`, or its folder, for the model card; rows of other
-    weights are refused."""
+    """results.jsonl of `stablerep evaluate`, or its folder, for the model card; rows of other weights are
+    refused."""
     push: str | None = None
     """ORG/NAME: upload the folder to the Hugging Face hub, with the token of `hf auth login`; the training
     config goes with it as it is."""
@@ -119,7 +119,7 @@ def run(config: ExportConfig) -> int:
             f"export takes a checkpoint of stablerep fit or the authors' weights, got {config.checkpoint}, "
             f"a model of {model.kind}"
         )
-    scores = read_scores(config.results, model, config.checkpoint, ema=config.ema) if config.results else []
+    scores = read_scores(config.results, model) if config.results else []
     training = read_training(Path(config.checkpoint))
     note = refuse_reason(model)
     tower = find_image_tower(model) if note is None else None

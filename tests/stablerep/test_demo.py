@@ -17,10 +17,19 @@ from stablerep.demo.budget import FULL, QUICK, Budget
 from stablerep.demo.charts import build_line_chart, choose_ticks
 from stablerep.demo.picture import MAX_BYTES, draw_picture
 from stablerep.demo.report import build_report
-from stablerep.demo.results import PROTOCOL_TITLES, RUN_TITLES, GridRow, compare_all, judge, read_curves
+from stablerep.demo.results import (
+    PROTOCOL_TITLES,
+    RUN_TITLES,
+    GridRow,
+    compare_all,
+    describe_scores,
+    judge,
+    read_curves,
+)
 from stablerep.demo.runner import claim_folder, fingerprint_steps, read_last_line, run_steps
 from stablerep.demo.steps import CONFIG, Step, plan_steps
-from stablerep.evaluation.report import Score, read_results, write_report
+from stablerep.evaluation.results import Provenance, Row, read_results, write_results
+from stablerep.evaluation.statistics import PairedDifference, paired_difference, wilson_interval
 
 NUM_TEST = 400
 NAMES = ("linear_heldout", "linear_bn_heldout", "linear_paper", "linear_bn_paper", "knn20")
@@ -31,14 +40,39 @@ OUTSIDE = re.compile(
 )
 
 
+def write_evaluation(folder: Path, answers: Mapping[str, torch.Tensor], data: str = "d") -> None:
+    """An evaluation with these answers, of which 0 is right."""
+    rows = []
+    for protocol, answer in answers.items():
+        num_right = int((answer == 0).sum())
+        rows.append(
+            Row(
+                protocol=protocol,
+                metric="accuracy",
+                value=num_right / NUM_TEST,
+                interval=wilson_interval(num_right, NUM_TEST),
+                interval_method="Wilson, 95 %",
+                n=NUM_TEST,
+                selection="none",
+                hyperparameters={},
+                feature="cls",
+                seconds=1.0,
+                predictions=answer.numpy(),
+                targets=np.zeros(NUM_TEST, dtype=np.int64),
+            )
+        )
+    hashes = {"weights": folder.name, "data": data, "transform": "t"}
+    provenance = Provenance("a.ckpt", "scenes", "Resize(73)", hashes, {"torch": "2"})
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [str(index) for index in range(NUM_TEST)]
+    write_results(folder, rows, provenance, names, overwrite=True)
+
+
 def write_evaluations(folder: Path, accuracies: Mapping[str, float]) -> None:
     """Evaluations with the given share of test images right, the first ones."""
-    labels = torch.zeros(NUM_TEST, dtype=torch.long)
     for run, accuracy in accuracies.items():
-        wrong = torch.arange(NUM_TEST) >= accuracy * NUM_TEST
-        scores = [Score(name, "none", wrong.long(), labels, {}, 1.0) for name in NAMES]
-        (folder / run).mkdir(parents=True)
-        write_report(folder / run, scores, [str(index) for index in range(NUM_TEST)], {}, "made up")
+        wrong = (torch.arange(NUM_TEST) >= accuracy * NUM_TEST).long()
+        write_evaluation(folder / run, dict.fromkeys(NAMES, wrong))
 
 
 def make_results(folder: Path, accuracies: Mapping[str, float]) -> dict[str, Any]:
@@ -48,10 +82,7 @@ def make_results(folder: Path, accuracies: Mapping[str, float]) -> dict[str, Any
     steps = plan_steps(Path("demo"), QUICK, "embedded", 0)
     return {
         "claim": judge(differences, "colour"),
-        "scores": {
-            run: {score["name"]: score for score in read_results(folder / run)["results"]}
-            for run in RUN_TITLES
-        },
+        "scores": {run: describe_scores(read_results(folder / run)) for run in RUN_TITLES},
         "differences": [vars(difference) | {"holds": difference.holds} for difference in differences],
         "curves": {
             run: {"loss": [(10, 5.5), (20, 3.0)], "knn_top1": [(10, 0.2), (20, 0.4)]}
@@ -91,14 +122,9 @@ def test_claim_holds_when_every_difference_is_above_its_interval(tmp_path: Path)
 
 def test_claim_fails_when_one_difference_is_within_its_interval(tmp_path: Path) -> None:
     write_evaluations(tmp_path, HOLDS)
-    labels = torch.zeros(NUM_TEST, dtype=torch.long)
     wrong = torch.arange(NUM_TEST).flip(0)  # as many right as SimCLR and one more, on other images
-    scores = [
-        Score(name, "none", (wrong >= (0.5 * NUM_TEST + 1 if name == "knn20" else 1)).long(), labels, {}, 1.0)
-        for name in NAMES
-    ]
-    names = [str(index) for index in range(NUM_TEST)]
-    write_report(tmp_path / "stablerep", scores, names, {}, "made up")
+    answers = {name: (wrong >= (0.5 * NUM_TEST + 1 if name == "knn20" else 1)).long() for name in NAMES}
+    write_evaluation(tmp_path / "stablerep", answers)
     claim = judge(compare_all(tmp_path), "colour")
     assert not claim["holds"]
     assert "by k-NN, StableRep is not clearly above SimCLR (0.2 points, " in claim["verdict"]
@@ -109,6 +135,32 @@ def test_claim_says_below_when_the_order_is_turned_round(tmp_path: Path) -> None
     claim = judge(compare_all(tmp_path), "colour")
     assert not claim["holds"]
     assert "SimCLR is below random initialisation (−10.0 points" in claim["verdict"]
+
+
+def test_differences_are_those_of_bonett_and_price(tmp_path: Path) -> None:
+    random = torch.Generator().manual_seed(0)
+    answers = {run: torch.randint(0, 2, (NUM_TEST,), generator=random) for run in RUN_TITLES}
+    for run, answer in answers.items():
+        write_evaluation(tmp_path / run, dict.fromkeys(NAMES, answer))
+    found = compare_all(tmp_path)
+    assert [(each.above, each.below) for each in found] == [
+        ("stablerep", "simclr"),
+        ("simclr", "random"),
+    ] * len(PROTOCOL_TITLES)
+    for each in found:
+        expected = paired_difference(answers[each.above] == 0, answers[each.below] == 0)
+        assert PairedDifference(each.difference, each.low, each.high) == expected
+
+
+def test_runs_on_other_images_are_not_compared(tmp_path: Path) -> None:
+    write_evaluations(tmp_path, HOLDS)
+    right = torch.zeros(NUM_TEST, dtype=torch.long)
+    write_evaluation(tmp_path / "simclr", dict.fromkeys(NAMES, right), data="other")
+    with pytest.raises(ValueError, match="stablerep and .*simclr were evaluated on other test images"):
+        compare_all(tmp_path)
+    write_evaluation(tmp_path / "simclr", {"knn20": right})
+    with pytest.raises(ValueError, match="simclr has no score 'linear_heldout'"):
+        compare_all(tmp_path)
 
 
 # --- the page and the picture
@@ -324,7 +376,7 @@ def test_both_trainings_see_as_many_images_and_differ_in_the_positives_alone(bud
 
 @pytest.mark.e2e
 def test_small_demo_runs_end_to_end_and_does_nothing_twice(
-    tmp_path: Path, tiny_pipeline: Path, capsys: pytest.CaptureFixture
+    tmp_path: Path, cache_home: Path, tiny_pipeline: Path, capsys: pytest.CaptureFixture
 ) -> None:
     budget = replace(
         QUICK,
@@ -348,6 +400,7 @@ def test_small_demo_runs_end_to_end_and_does_nothing_twice(
     config = DemoConfig(output=str(root), model=str(tiny_pipeline))
     assert run_demo(config, budget) == 0
     results = json.loads((root / "demo.json").read_text())
+    assert results["budget"]["chance"] == 1 / 10
     page = (root / "report.html").read_text()
     output = capsys.readouterr()
     assert results["claim"]["verdict"] in output.out
@@ -357,6 +410,9 @@ def test_small_demo_runs_end_to_end_and_does_nothing_twice(
         assert [step for step, _ in run["loss"]] == [1, 2]
         assert [step for step, _ in run["knn_top1"]] == [0, 1, 2]
     assert len((root / "picture.png").read_bytes()) <= MAX_BYTES
+    for run in RUN_TITLES:
+        assert (root / "evaluation" / run / "report.html").is_file()
+    assert not (cache_home / "features").exists()
     for step in results["steps"]:
         assert step["done"]
         assert step["command"].startswith("stablerep ")
