@@ -31,7 +31,7 @@ _METRICS = {
     "mean_average_precision": MetricFormat("mean average precision", True),
     "alignment": MetricFormat("alignment", False, higher_is_better=False),
     "uniformity": MetricFormat("uniformity", False, higher_is_better=False),
-    "rank_me": MetricFormat("RankMe", False),
+    "rankme": MetricFormat("RankMe", False),
     "lidar": MetricFormat("LiDAR", False),
 }
 _PROTOCOLS = {

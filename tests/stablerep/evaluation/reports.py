@@ -54,7 +54,7 @@ def build_content(num_classes: int = 4, num_images: int = 60, **changes: Any) ->
             row("linear_paper", 0.9, selection="test", hyperparameters={"views_cached": 4}, seconds=40.0),
             row(value=value, **arrays),
             row(value=value, feature="patch_mean", **arrays | {"predictions": targets}),
-            row("geometry", 61.3, metric="rank_me", interval=None, interval_method=""),
+            row("geometry", 61.3, metric="rankme", interval=None, interval_method=""),
         ],
         "provenance": PROVENANCE,
         "names": names,

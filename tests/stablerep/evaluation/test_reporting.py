@@ -137,7 +137,7 @@ def test_map_keeps_shape_and_stays_inside() -> None:
 
 @pytest.mark.parametrize("values", [[0.0], [1.0], [0.5, 0.5001], [0.02, 0.98], [0.831, 0.85]])
 def test_axis_holds_every_interval(values: list[float]) -> None:
-    rows = [row(value=value) for value in values] + [row("geometry", 61.3, metric="rank_me", interval=None)]
+    rows = [row(value=value) for value in values] + [row("geometry", 61.3, metric="rankme", interval=None)]
     axis = build_interval_axis(rows)
     assert 0 <= axis.low < axis.high <= 1
     for found in rows[:-1]:
@@ -163,7 +163,7 @@ def test_protocols_are_named_in_words(protocol: str, title: str) -> None:
 
 def test_fractions_are_known_and_other_metrics_are_plain_numbers() -> None:
     assert describe_metric("recall@5").is_fraction
-    assert not describe_metric("rank_me").is_fraction
+    assert not describe_metric("rankme").is_fraction
     assert describe_metric("alignment").higher_is_better is False
     assert not describe_metric("unheard_of").is_fraction
     assert format_settings({"num_epochs": 90, "batch_norm": False, "lr": 0.1 + 0.2, "views": None}) == (
@@ -233,7 +233,7 @@ def test_page_asks_nothing_of_the_network() -> None:
         {"features": None},
         {"neighbours": []},
         {"targets": None},
-        {"rows": [row("geometry", 3.0, metric="rank_me", interval=None)]},
+        {"rows": [row("geometry", 3.0, metric="rankme", interval=None)]},
         {
             "targets": None,
             "class_names": (),
@@ -292,7 +292,7 @@ def test_transparent_parts_are_white() -> None:
 
 
 def test_model_index_is_read_back_by_huggingface_hub() -> None:
-    rows = [row(), row("zeroshot", 0.3), row("geometry", 61.3, metric="rank_me", interval=None)]
+    rows = [row(), row("zeroshot", 0.3), row("geometry", 61.3, metric="rankme", interval=None)]
     text = build_model_index(rows, PROVENANCE, model_name="vit", dataset_name="Clothing")
     index = yaml.safe_load(text)
     assert set(index) == {"model-index"}
@@ -301,7 +301,7 @@ def test_model_index_is_read_back_by_huggingface_hub() -> None:
     assert [(found.metric_type, found.metric_value) for found in results] == [
         ("accuracy", 0.5),
         ("accuracy", 0.3),
-        ("rank_me", 61.3),
+        ("rankme", 61.3),
     ]
     assert {found.dataset_name for found in results} == {"Clothing"}
     assert [found.task_type for found in results] == [
