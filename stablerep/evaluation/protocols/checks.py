@@ -6,6 +6,7 @@ from collections import Counter
 import torch
 
 from stablerep.evaluation.config import CLASS_PROTOCOLS, TEXT_PROTOCOLS, EvaluateConfig
+from stablerep.evaluation.corruptions import SMALLEST_SIDE
 from stablerep.evaluation.fewshot import draw_episodes
 from stablerep.evaluation.prompts import read_templates
 from stablerep.evaluation.protocols.probes import choose_numbers_of_neighbours
@@ -43,6 +44,10 @@ def check_protocol(protocol: str, config: EvaluateConfig, model: LoadedModel, da
         choose_numbers_of_neighbours(config.knn.k, len(dataset.train))
     if protocol == "fewshot":
         _check_fewshot(config, dataset)
+    if protocol == "robustness" and (size := model.input_format.image_size) < SMALLEST_SIDE:
+        raise ValueError(
+            f"robustness needs images of at least {SMALLEST_SIDE} pixels, and {model.name} takes {size}"
+        )
     if protocol == "ridge" and not dataset.validation and len(dataset.train) < _NUM_IMAGES_FOR_RIDGE:
         raise ValueError(
             f"ridge chooses on held-out images and needs at least {_NUM_IMAGES_FOR_RIDGE} training images, "
