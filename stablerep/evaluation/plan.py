@@ -135,7 +135,7 @@ def choose_protocols(
             notes.append(f"left out: {error}")
             continue
         chosen.append(protocol)
-        notes += describe_limits(protocol, config, dataset)
+        notes += describe_limits(protocol, config, model, dataset)
     return chosen, notes
 
 

@@ -14,6 +14,7 @@ from stablerep.evaluation.protocols.texts import read_class_names
 from stablerep.evaluation.sets import LabelledSet
 from stablerep.loading import LoadedModel
 
+IMAGENET_C_SIZE = 224
 _NUM_IMAGES_FOR_RIDGE = 5
 
 
@@ -57,8 +58,10 @@ def check_protocol(protocol: str, config: EvaluateConfig, model: LoadedModel, da
         _check_can_hold_out(protocol, dataset)
 
 
-def describe_limits(protocol: str, config: EvaluateConfig, dataset: LabelledSet) -> list[str]:
-    """What a protocol that runs will leave out, a line each."""
+def describe_limits(
+    protocol: str, config: EvaluateConfig, model: LoadedModel, dataset: LabelledSet
+) -> list[str]:
+    """What a protocol that runs will leave out, or does otherwise than published, a line each."""
     num_train = len(dataset.train)
     if protocol == "knn" and (left_out := [k for k in config.knn.k if k > num_train]):
         numbers = ", ".join(map(str, left_out))
@@ -67,6 +70,11 @@ def describe_limits(protocol: str, config: EvaluateConfig, dataset: LabelledSet)
         shared = Counter(image.caption_id for image in dataset.test if image.caption_id)
         if sum(count > 1 for count in shared.values()) < 2:
             return ["geometry: no alignment and no LiDAR, which need several images of the same captions"]
+    if protocol == "robustness" and (size := model.input_format.image_size) != IMAGENET_C_SIZE:
+        return [
+            f"robustness: at {size} pixels, not ImageNet-C's {IMAGENET_C_SIZE}, figures are not comparable "
+            "with its own"
+        ]
     return []
 
 

@@ -25,7 +25,7 @@ def run_geometry(evaluation: Evaluation) -> list[Row]:
             uniform = uniformity(x, t=_T, num_samples=num_images, seed=seed)
             found.append(("uniformity", uniform.value, uniform.num_features, {"t": _T, "seed": seed}))
         rank = rank_me(x, num_samples=num_images, seed=seed)
-        found.append(("rank_me", rank.value, rank.num_features, {"seed": seed}))
+        found.append(("rankme", rank.value, rank.num_features, {"seed": seed}))
         seconds = time.perf_counter() - start
         rows += [
             Row("geometry", metric, value, None, "", n, "none", settings, feature, seconds)

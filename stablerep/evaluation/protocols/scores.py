@@ -8,7 +8,7 @@ from stablerep.evaluation.protocols.texts import JOINT_FEATURE, RETRIEVAL_RANKS
 from stablerep.evaluation.requirements import ScoreKey
 from stablerep.evaluation.sets import LabelledSet
 
-_GEOMETRY = ("alignment", "lidar", "uniformity", "rank_me")
+_GEOMETRY = ("alignment", "lidar", "uniformity", "rankme")
 
 
 def list_scores(
