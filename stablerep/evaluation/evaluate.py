@@ -26,6 +26,10 @@ SUBCOMMANDS = {
 """Words after the verb → module, options, help; a module is imported when its words are called."""
 
 
+_LISTS = ("protocols", "features", "knn.k", "robustness.corruptions", "robustness.severities")
+_WHOLE = ("[", "all", "null")
+
+
 def main(args: list[str]) -> int:
     """Runs the verb, or one of its subcommands, on the words after it.
 
@@ -42,7 +46,9 @@ def main(args: list[str]) -> int:
     from stablerep.cli import VERBS, parse_config
     from stablerep.evaluation.config import EvaluateConfig
 
-    config = parse_config(EvaluateConfig, args, prog="stablerep evaluate", description=VERBS["evaluate"].help)
+    config = parse_config(
+        EvaluateConfig, complete_lists(args), prog="stablerep evaluate", description=VERBS["evaluate"].help
+    )
     # Not at the top: the cache's commands do without torch.
     from stablerep.distributed import launch
     from stablerep.evaluation.run import check_devices, run, run_as_rank
@@ -58,6 +64,30 @@ def main(args: list[str]) -> int:
         return launch.run_ranks(launch.rank_command("evaluate", args), config.devices)
     except ChildProcessError as error:  # whose advice is for trainings
         raise ChildProcessError(str(error).partition(";")[0]) from error
+
+
+def complete_lists(args: list[str]) -> list[str]:
+    """Single values of options that take lists: `--protocols knn,ridge` is `--protocols=[knn,ridge]`.
+
+    `--require 'knn20>=0.55'` may be given several times; each adds a requirement.
+    """
+    completed: list[str] = []
+    words = iter(args)
+    for word in words:
+        name, equals, value = word.partition("=")
+        option = name.removeprefix("--")
+        if not name.startswith("--") or option not in ("require", *_LISTS):
+            completed.append(word)
+            continue
+        if not equals and (value := next(words, "")) == "":
+            completed.append(word)  # which the parser says is without a value
+        elif value.startswith(_WHOLE):
+            completed.append(f"{name}={value}")
+        elif option == "require":
+            completed.append(f"{name}+={value}")
+        else:
+            completed.append(f"{name}=[{value}]")
+    return completed
 
 
 def _run_subcommand(args: list[str]) -> int:

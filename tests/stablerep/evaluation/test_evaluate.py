@@ -16,10 +16,12 @@ from scipy.stats import binomtest
 from sklearn.metrics import balanced_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 
+from stablerep.arguments import set_parsing_rules
 from stablerep.backbones import add_backbone_to_checkpoint, build_backbone
-from stablerep.cli import main
+from stablerep.cli import main, parse_config
 from stablerep.evaluation.cache import store
-from stablerep.evaluation.config import PROTOCOLS
+from stablerep.evaluation.config import PROTOCOLS, EvaluateConfig, KnnConfig
+from stablerep.evaluation.evaluate import complete_lists
 from stablerep.evaluation.results import Row, read_results
 from stablerep.loading import LoadedModel, load_model
 from stablerep.text import TextConfig
@@ -488,6 +490,33 @@ def test_runs_are_compared_and_the_cache_is_looked_after_from_the_command_line(
     assert path.name in capsys.readouterr().err
     assert main(["evaluate", "cache", "prune", "--max_bytes=0"]) == 0
     assert list((cache_home / "features").glob("*.safetensors")) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--require", "knn20>=0.55"], {"require": ["knn20>=0.55"]}),
+        (["--require=knn20[cls]>=55%", "--require", "ridge>0"], {"require": ["knn20[cls]>=55%", "ridge>0"]}),
+        (["--require", "[knn20>=0.55, ridge>0]"], {"require": ["knn20>=0.55", "ridge>0"]}),
+        (["--protocols", "knn"], {"protocols": ["knn"]}),
+        (["--protocols=knn,ridge", "--seed", "3"], {"protocols": ["knn", "ridge"], "seed": 3}),
+        (["--protocols", "all", "--features=all"], {"protocols": "all", "features": "all"}),
+        (
+            ["--protocols=[linear, knn]", "--knn.k", "5"],
+            {"protocols": ["linear", "knn"], "knn": KnnConfig((5,))},
+        ),
+    ],
+)
+def test_a_single_value_is_a_list_of_one(words: list[str], expected: dict[str, Any]) -> None:
+    set_parsing_rules()
+    words = complete_lists(["--checkpoint=a.ckpt", "--data=b", *words])
+    config = parse_config(EvaluateConfig, words, prog="stablerep evaluate", description="an evaluation")
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_an_option_without_its_value_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "--checkpoint=a.ckpt", "--data=b", "--protocols"]) == 2
+    assert "--protocols" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["compre"], ["cache"], ["cache", "list"]])

@@ -189,7 +189,7 @@ def test_a_requirement_that_is_not_met_is_named_and_sets_the_exit_code(
     checkpoint: Path, write_folders: WriteFolders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write_folders(train=8, test=5)
-    options = ("--protocols=[knn]", "--require=['knn5>=0', 'knn5[cls]>100%']")
+    options = ("--protocols=[knn]", "--require=knn5>=0", "--require=knn5[cls]>100%")
     results = evaluate(checkpoint, data, tmp_path / "out", *options, code=1)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("stablerep")]
     value = f"{results.rows[0].value:.6g}"
