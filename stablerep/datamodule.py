@@ -24,7 +24,7 @@ from stablerep.data.resuming import align_trainer
 from stablerep.data.sources import ON_THIS_MACHINE, CacheConfig, ShardedDataset
 from stablerep.data.stream import DROP_REASONS, Positives, StepStream, ViewConfig, colour_batch
 from stablerep.data.tally import Tally
-from stablerep.runs.signals import obey_parent_alone, without_signals
+from stablerep.runs.signals import end_by_kill, ignore_signals, without_signals
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class StepLoader:
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=obey_parent_alone,
+            worker_init_fn=ignore_signals,
         )
 
     def __len__(self) -> int:
@@ -77,6 +77,8 @@ class StepLoader:
         self._stream.start_at(self.position_after(self._num_steps))
         with without_signals():
             batches = iter(self._loader)  # starts the workers
+        for worker in getattr(batches, "_workers", ()):
+            end_by_kill(worker)
         for batch in batches:
             self._num_steps += 1
             yield batch

@@ -3,12 +3,11 @@
 Standard library alone, as it comes before all else is imported.
 """
 
-import multiprocessing
-import os
+import multiprocessing.process
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -31,21 +30,21 @@ def without_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
 
-def obey_parent_alone(worker_id: int) -> None:
-    """In a data worker that was started `without_signals`: only its rank ends it.
+def ignore_signals(worker_id: int) -> None:
+    """In a data worker: what is told to its rank is not told to it.
 
     `timeout`, systemd and batch systems signal whole groups. A rank whose worker dies of that raises wherever
     it is, also while it saves the checkpoint that the signal asked for. When a rank dies, torch's own watch
     ends its workers.
     """
-    rank = multiprocessing.parent_process()
-    signals = {*STOP_SIGNALS, signal.SIGINT}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # where it is no copy of its parent
+    signal.pthread_sigmask(signal.SIG_BLOCK, {*STOP_SIGNALS, signal.SIGINT})
 
-    def wait() -> None:
-        while rank is not None and signal.sigwaitinfo(signals).si_pid != rank.pid:
-            pass
-        os._exit(0)
 
-    if rank is not None:
-        threading.Thread(target=wait, daemon=True, name="signals").start()
+def end_by_kill(worker: multiprocessing.process.BaseProcess) -> None:
+    """In a rank: what would ask a worker to end by a signal that it ignores ends it by one that it cannot.
+
+    At its exit Python asks the worker's handle, torch the worker itself.
+    """
+    handles: list[Any] = [worker, worker._popen]  # type: ignore[attr-defined]
+    for handle in handles:
+        handle.terminate = handle.kill

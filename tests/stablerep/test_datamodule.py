@@ -1,5 +1,7 @@
 import logging
+import multiprocessing
 import os
+import signal
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -173,6 +175,27 @@ def test_missing_shard_is_refused(tmp_path: Path) -> None:
     (tmp_path / "00001.tar").unlink()
     with pytest.raises(ValueError, match=r"00001\.tar: missing, though its completion marker is there"):
         exhaust(build_data(tmp_path))
+
+
+def test_workers_outlive_signals_and_end_with_their_rank(tmp_path: Path) -> None:
+    write_dataset(tmp_path, [16], num_images=2)
+    before = set(multiprocessing.active_children())
+    data = build_data(tmp_path, num_workers=2)
+    batches = iter(data.train_dataloader())
+    next(batches)
+    workers = [child for child in multiprocessing.active_children() if child not in before]
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker.pid or 0, signal.SIGTERM)
+    assert len(list(batches)) == 3
+    assert all(worker.is_alive() for worker in workers)
+    handles: list[Any] = [handle for worker in workers for handle in (worker, worker._popen)]  # type: ignore
+    assert all(handle.terminate == handle.kill for handle in handles)
+    del batches
+    data.teardown("fit")
+    for worker in workers:
+        worker.join(60)
+        assert worker.exitcode == 0
 
 
 def test_empty_caption_is_dropped_where_there_is_a_text_tower(

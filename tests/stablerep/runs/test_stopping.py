@@ -10,7 +10,7 @@ import pytest
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
-from stablerep.runs.signals import STOP_SIGNALS, obey_parent_alone, without_signals
+from stablerep.runs.signals import STOP_SIGNALS, end_by_kill, ignore_signals, without_signals
 from stablerep.runs.stopping import StopFlag
 
 
@@ -46,7 +46,7 @@ def test_signal_that_was_held_back_is_noted_and_a_later_one_held_back_again(numb
 
 def answer(pipe: Connection) -> None:
     """A data worker."""
-    obey_parent_alone(0)
+    ignore_signals(0)
     while True:
         pipe.send(pipe.recv())
 
@@ -64,9 +64,10 @@ def test_data_worker_is_ended_by_its_rank_alone(number: signal.Signals) -> None:
             subprocess.run(["kill", f"-{number.name[3:]}", str(worker.pid)], check=True)
             pipe.send("there?")
             assert pipe.recv() == "there?"
+        end_by_kill(worker)
         worker.terminate()
         worker.join(60)
-        assert worker.exitcode == 0
+        assert worker.exitcode == -signal.SIGKILL
     finally:
         worker.kill()
 
