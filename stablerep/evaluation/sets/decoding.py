@@ -3,7 +3,7 @@
 import io
 import warnings
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from stablerep.data.decoding import MAX_IMAGE_PIXELS, to_rgb
 
@@ -33,4 +33,6 @@ def decode_image(data: bytes, name: str) -> Image.Image:
         Image.DecompressionBombError,
         Image.DecompressionBombWarning,
     ) as error:
-        raise ValueError(f"{name}: not a readable image ({' '.join(str(error).split())})") from error
+        is_known = not isinstance(error, UnidentifiedImageError)  # whose words name an address in memory
+        reason = " ".join(str(error).split()) if is_known else "no JPEG, PNG or WebP"
+        raise ValueError(f"{name}: not a readable image ({reason})") from error

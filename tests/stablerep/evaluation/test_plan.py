@@ -292,7 +292,7 @@ def test_an_unreadable_image_stops_the_run_beyond_the_budget_and_is_named_within
     evaluate(checkpoint, data, tmp_path / "out", "--error_budget_fraction=0.1", "--linear.num_views=1")
     content = read_run(tmp_path / "out")
     (line,) = content["facts"]["data"]["unreadable"]
-    assert line.startswith("train/red/001.png: not a readable image")
+    assert line == "train/red/001.png: not a readable image (no JPEG, PNG or WebP)"
     assert content["facts"]["data"]["images"] == {"train": 11, "test": 6}
     assert "1 image could not be read and left out; run.json has the names." in content["notes"]
     assert "1 image could not be read" in (tmp_path / "out" / "report.md").read_text()
