@@ -7,7 +7,7 @@ import os
 import resource
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -206,12 +206,13 @@ def test_the_file_says_what_it_is_of(
 
 @contextmanager
 def largest_file(num_bytes: int) -> Iterator[None]:
-    """The kernel refuses to let a file grow further, as a full disk does."""
+    """The kernel refuses to let a file grow further, as a full disk does; not that of the progress bars."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     former = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
     try:
-        yield
+        with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
+            yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, former)
