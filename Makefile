@@ -2,8 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed.stamp
-# The judge is a part of the generator's benchmark.
-BENCHMARKS := $(filter-out benchmarks/scene_judge.py,$(wildcard benchmarks/*.py))
+# The judge is a part of the generator's benchmark; the two of real photographs ask where these are.
+BENCHMARKS := $(filter-out benchmarks/scene_judge.py benchmarks/probes.py benchmarks/real_probe.py,$(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test check bench clean constraints

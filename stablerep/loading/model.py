@@ -139,6 +139,8 @@ class LoadedModel(nn.Module):
 
     Attributes:
         digest: SHA-256 over names, types, shapes and bytes of all weights, in the order of their names.
+        forward_digest: SHA-256 over what is done with them, from `describe_forward`: equal weights of another
+            number of heads are another model.
         feature_names: Of "cls" (the pooled feature: of our models the class token after the final norm),
             "patch_mean" (mean of the patch tokens after the final norm), "cls_last4" (class tokens of the
             last four blocks, each after the final norm), "projection" (the projection head's output), those
@@ -170,6 +172,7 @@ class LoadedModel(nn.Module):
         self.requires_grad_(False)
         self.eval()
         self.digest = digest_weights(self.state_dict())
+        self.forward_digest = hashlib.sha256(describe_forward(self).encode()).hexdigest()
         self._read_tokens = _find_token_reader(backbone)
         names = ["cls"]
         if self._read_tokens is not None:
@@ -260,6 +263,26 @@ def digest_weights(weights: Mapping[str, Tensor]) -> str:
         sha256.update(f"{name}\t{value.dtype}\t{list(value.shape)}\n".encode())
         sha256.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return sha256.hexdigest()
+
+
+def describe_forward(model: nn.Module) -> str:
+    """Class and plain settings of each submodule and of the tokenizer, a line each."""
+    parts: list[tuple[str, object]] = list(model.named_modules())[1:]
+    if (tokenize := getattr(getattr(model, "text", None), "tokenize", None)) is not None:
+        parts.append(("tokenize", tokenize))
+    return "\n".join(f"{name}\t{type(part).__qualname__}\t{_list_settings(part)}" for name, part in parts)
+
+
+def _list_settings(part: object) -> list[tuple[str, object]]:
+    """Public numbers, words and tuples of them, such as `num_heads`."""
+    plain = (bool, int, float, str, type(None))
+    return sorted(
+        (name, value)
+        for name, value in getattr(part, "__dict__", {}).items()
+        if not name.startswith("_")
+        and name != "training"
+        and all(isinstance(item, plain) for item in (value if isinstance(value, tuple | list) else [value]))
+    )
 
 
 def _find_token_reader(backbone: nn.Module) -> Callable[[Any, Tensor], dict[str, Tensor]] | None:

@@ -20,7 +20,7 @@ from torch import nn
 from torchvision.transforms import v2
 
 import stablerep
-from stablerep.backbones import IMAGENET_MEAN, IMAGENET_STD, load_backbone
+from stablerep.backbones import IMAGENET_MEAN, IMAGENET_STD, build_backbone, load_backbone
 from stablerep.loading import EvaluationTransform, InputFormat, LoadedModel, load_model
 from stablerep.text import TextConfig, Tokenizer, build_text_tower
 from tests.stablerep.models import (
@@ -731,3 +731,23 @@ def test_load_model_for_users_code(tmp_path: Path) -> None:
     batch = transform(draw_picture()).unsqueeze(0)
     assert torch.equal(backbone(batch), model.backbone(batch))
     assert torch.equal(transform(draw_picture()), EvaluationTransform(model.input_format)(draw_picture()))
+
+
+def test_equal_weights_of_another_number_of_heads_are_another_model() -> None:
+    models = []
+    for num_heads in (2, 4, 4):
+        torch.manual_seed(0)
+        backbone = build_backbone(
+            "vit_tiny_patch16_224",
+            16,
+            {"patch_size": 8, "depth": 1, "embed_dim": 16, "num_heads": num_heads},
+        )
+        input_format = InputFormat(16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+        models.append(
+            LoadedModel(
+                name="x", architecture="x", kind="checkpoint", backbone=backbone, input_format=input_format
+            )
+        )
+    two, four, same = models
+    assert two.digest == four.digest == same.digest
+    assert two.forward_digest != four.forward_digest == same.forward_digest

@@ -61,7 +61,7 @@ _DTYPES = {
 
 
 class CacheableModel(FeatureModel, Protocol):
-    """A model that says what its weights are."""
+    """A model that says what its weights are, and what it does with them."""
 
     @property
     def name(self) -> str:
@@ -70,10 +70,14 @@ class CacheableModel(FeatureModel, Protocol):
     @property
     def digest(self) -> str:
         """sha256 of its weights."""
+
+    @property
+    def forward_digest(self) -> str:
+        """sha256 of what it does with them."""
 
 
 class CacheableTextModel(TextModel, Protocol):
-    """A model with a text tower that says what its weights are."""
+    """A model with a text tower that says what its weights are, and what it does with them."""
 
     @property
     def name(self) -> str:
@@ -82,6 +86,10 @@ class CacheableTextModel(TextModel, Protocol):
     @property
     def digest(self) -> str:
         """sha256 of its weights."""
+
+    @property
+    def forward_digest(self) -> str:
+        """sha256 of what it does with them."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,7 @@ class FeatureKey:
 
     Args:
         weights: Digest of the model's weights.
+        forward: Digest of what the model does with them.
         data: Digest of the split's images, names and labels, or of the texts.
         transform: What is done with an image before the model sees it; "" for texts.
         feature: Name of the feature, or `text`.
@@ -99,6 +108,7 @@ class FeatureKey:
     """
 
     weights: str
+    forward: str
     data: str
     transform: str
     feature: str
@@ -245,6 +255,7 @@ def build_keys(
     return {
         name: FeatureKey(
             weights=model.digest,
+            forward=model.forward_digest,
             data=fingerprint,
             transform=describe_eval_transform(model.input_format, change),
             feature=name,
@@ -367,7 +378,15 @@ def load_or_embed_texts(
         ValueError: As `embed_texts`.
     """
     digest = hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
-    key = FeatureKey(model.digest, digest, "", TEXT_FEATURE, settings.precision, settings.storage)
+    key = FeatureKey(
+        weights=model.digest,
+        forward=model.forward_digest,
+        data=digest,
+        transform="",
+        feature=TEXT_FEATURE,
+        precision=settings.precision,
+        storage=settings.storage,
+    )
     found = cache.load(key) if cache is not None and distributed.rank() == 0 else None
     is_found: bool = distributed.all_gather_objects(found is not None)[0]
     if is_found:

@@ -38,7 +38,7 @@ def cache(tmp_path: Path) -> FeatureCache:
             digest="d",
             unreadable=(),
         )
-        key = FeatureKey(f"weights {number}", "data", "transform", "cls", "float32", "float32")
+        key = FeatureKey(f"weights {number}", "forward", "data", "transform", "cls", "float32", "float32")
         cache.save(key, features, {"model": f"model{number}.ckpt", "data": "photos", "split": "train"})
         used = time.time() - number * DAY_SECONDS
         os.utime(cache.path(key), (used, used))
@@ -149,7 +149,7 @@ def test_prune_needs_to_be_told_what() -> None:
 def test_reading_a_file_makes_it_the_last_used(
     cache: FeatureCache, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cache.load(FeatureKey("weights 3", "data", "transform", "cls", "float32", "float32"))
+    cache.load(FeatureKey("weights 3", "forward", "data", "transform", "cls", "float32", "float32"))
     assert models_left(cache, capsys) == ["model3", "model1", "model2"]
 
 

@@ -152,12 +152,12 @@ def test_features_of_anything_else_are_never_used(
 
 
 def test_every_part_of_a_key_changes_it() -> None:
-    key = FeatureKey("weights", "data", "transform", "cls", "float32", "float32")
+    key = FeatureKey("weights", "forward", "data", "transform", "cls", "float32", "float32")
     changed = [
         FeatureKey(**{**dataclasses.asdict(key), field.name: "other"})  # whatever its type
         for field in dataclasses.fields(FeatureKey)
     ]
-    assert len({entry.digest for entry in (key, *changed)}) == 8
+    assert len({entry.digest for entry in (key, *changed)}) == 9
 
 
 def test_a_file_under_the_name_of_another_is_not_used(
