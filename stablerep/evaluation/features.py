@@ -100,9 +100,10 @@ class Features:
         captions: The captions; "" where there are none.
         digest: `digest_images` of the whole split.
         unreadable: One line for each image that could not be read.
+        ignored: Of a multi-label set, the entries of `labels` that count neither as right nor as wrong.
 
     Shapes:
-        values [N, D_name]; labels int64 [N], or bool [N, C] of a multi-label set.
+        values [N, D_name]; labels int64 [N], or bool [N, C] of a multi-label set, as is `ignored`.
     """
 
     values: Mapping[str, Tensor]
@@ -112,6 +113,7 @@ class Features:
     captions: tuple[str, ...]
     digest: str
     unreadable: tuple[str, ...]
+    ignored: Tensor | None = None
 
     @property
     def caption_labels(self) -> Tensor:
@@ -157,7 +159,7 @@ class ViewFeatures:
 
 
 def digest_images(images: Sequence[LabelledImage], sha256_of_images: Sequence[str]) -> str:
-    """SHA-256 over names, labels, captions' ids and the digests of the images' bytes, 64 hex digits.
+    """SHA-256 over names, labels, ignored labels, captions' ids and digests of the images, 64 hex digits.
 
     Args:
         images: A split.
@@ -165,7 +167,10 @@ def digest_images(images: Sequence[LabelledImage], sha256_of_images: Sequence[st
     """
     digest = hashlib.sha256()
     for image, sha256 in zip(images, sha256_of_images, strict=True):
-        digest.update(json.dumps([image.name, image.labels, image.caption_id, sha256]).encode() + b"\n")
+        entry: list[object] = [image.name, image.labels, image.caption_id, sha256]
+        if image.ignored_labels:
+            entry.append(image.ignored_labels)
+        digest.update(json.dumps(entry).encode() + b"\n")
     return digest.hexdigest()
 
 
@@ -173,10 +178,21 @@ def build_targets(images: Sequence[LabelledImage], dataset: LabelledSet) -> Tens
     """What protocols predict: int64 [N], or bool [N, C] of a multi-label set."""
     if dataset.targets != "multilabel":
         return torch.tensor([image.label for image in images], dtype=torch.int64)
-    targets = torch.zeros(len(images), len(dataset.classes), dtype=torch.bool)
-    for row, image in enumerate(images):
-        targets[row, list(image.labels)] = True
-    return targets
+    return _mark([image.labels for image in images], len(dataset.classes))
+
+
+def build_ignored(images: Sequence[LabelledImage], dataset: LabelledSet) -> Tensor | None:
+    """What of the targets is not known and does not count: bool [N, C] of a multi-label set, else None."""
+    if dataset.targets != "multilabel":
+        return None
+    return _mark([image.ignored_labels for image in images], len(dataset.classes))
+
+
+def _mark(labels: Sequence[Sequence[int]], num_classes: int) -> Tensor:
+    marks = torch.zeros(len(labels), num_classes, dtype=torch.bool)
+    for row, marked in enumerate(labels):
+        marks[row, list(marked)] = True
+    return marks
 
 
 def build_eval_transform(
@@ -273,6 +289,7 @@ def extract_features(
         captions=tuple(image.caption for image in kept),
         digest=found.digest,
         unreadable=found.unreadable,
+        ignored=build_ignored(kept, dataset),
     )
 
 

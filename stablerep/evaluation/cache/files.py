@@ -19,7 +19,7 @@ DIGESTS_FOLDER = "digests"
 CACHED_NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
 DIGESTS_NAME = re.compile(r"[0-9a-f]{32}\.parquet")
 TEMPORARY_NAME = re.compile(r"\.([0-9a-f]{64}\.safetensors|[0-9a-f]{32}\.parquet)\.[0-9]+\.[0-9a-f]+\.tmp")
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 _DIGEST = "sha256"
 _LENGTH = struct.Struct("<Q")

@@ -190,6 +190,7 @@ def _write(path: Path, key: FeatureKey, features: Features, description: Mapping
         "values": features.values[key.feature].contiguous(),
         "labels": features.labels.contiguous(),
         "images": torch.frombuffer(bytearray(json.dumps(texts).encode()), dtype=torch.uint8),
+        **({} if features.ignored is None else {"ignored": features.ignored.contiguous()}),
     }
     metadata = {
         "key": json.dumps(asdict(key), sort_keys=True),
@@ -224,6 +225,7 @@ def _read(path: Path, key: FeatureKey, metadata: Mapping[str, str]) -> Features:
             **{name: tuple(entries) for name, entries in texts.items()},
             digest=metadata["digest"],
             unreadable=tuple(json.loads(metadata["unreadable"])),
+            ignored=file.get_tensor("ignored") if "ignored" in file.keys() else None,  # noqa: SIM118
         )
 
 

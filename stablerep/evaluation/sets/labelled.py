@@ -112,6 +112,7 @@ class LabelledImage:
         content: Where its bytes are.
         caption_id: Identity of its caption; images of one caption share it. "" where there are no captions.
         caption: The caption.
+        ignored_labels: Classes of a multi-label set that count neither as right nor as wrong for the image.
     """
 
     name: str
@@ -119,6 +120,7 @@ class LabelledImage:
     content: ImageContent
     caption_id: str = ""
     caption: str = ""
+    ignored_labels: tuple[int, ...] = ()
 
     @property
     def label(self) -> int:

@@ -103,26 +103,33 @@ def _read_pets(dataset: Any, split: str, root: Path) -> list[LabelledImage]:
 
 def _read_voc(dataset: Any, split: str, root: Path) -> list[LabelledImage]:
     return [
-        _file_image(root, path, _read_voc_labels(Path(annotation)))
+        _file_image(root, path, *_read_voc_labels(Path(annotation)))
         for path, annotation in zip(dataset.images, dataset.annotations, strict=True)
     ]
 
 
-def _read_voc_labels(path: Path) -> tuple[int, ...]:
-    """The classes of an annotation's objects, those marked difficult left out."""
+def _read_voc_labels(path: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The classes of an annotation's objects, and those of which all objects are marked difficult."""
+    named: dict[str, list[bool]] = {}
     try:
-        objects = ElementTree.parse(path).getroot().iter("object")
-        names = {str(o.findtext("name")) for o in objects if o.findtext("difficult", "0").strip() != "1"}
+        for entry in ElementTree.parse(path).getroot().iter("object"):
+            is_difficult = entry.findtext("difficult", "0").strip() == "1"
+            named.setdefault(str(entry.findtext("name")), []).append(is_difficult)
     except ElementTree.ParseError as error:
         raise ValueError(f"{path}: not readable as XML ({error})") from error
-    if unknown := sorted(names - set(VOC_CLASSES)):
+    if unknown := sorted(named.keys() - set(VOC_CLASSES)):
         raise ValueError(f"{path}: unknown class '{unknown[0]}'")
-    return tuple(sorted(VOC_CLASSES.index(name) for name in names))
+    is_ignored = {VOC_CLASSES.index(name): all(objects) for name, objects in named.items()}
+    labels = sorted(label for label, ignored in is_ignored.items() if not ignored)
+    return tuple(labels), tuple(sorted(is_ignored.keys() - set(labels)))
 
 
-def _file_image(root: Path, path: Any, labels: tuple[int, ...]) -> LabelledImage:
+def _file_image(
+    root: Path, path: Any, labels: tuple[int, ...], ignored_labels: tuple[int, ...] = ()
+) -> LabelledImage:
     name = Path(os.path.relpath(path, root)).as_posix()
-    return LabelledImage(name, labels, FileRange(str(path), 0, os.stat(path).st_size))
+    content = FileRange(str(path), 0, os.stat(path).st_size)
+    return LabelledImage(name, labels, content, ignored_labels=ignored_labels)
 
 
 _TRAIN_FLAG = {"train": {"train": True}, "test": {"train": False}}
@@ -156,7 +163,7 @@ RECIPES: Mapping[str, _Recipe] = {
         targets="multilabel",
         options={"year": "2007"},
         dataset="VOCDetection",
-        remark="objects marked difficult count as absent",
+        remark="classes of which an image shows difficult objects alone are ignored there, as published",
     ),
 }
 

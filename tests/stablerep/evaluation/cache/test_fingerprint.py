@@ -121,6 +121,14 @@ def test_names_labels_and_bytes_make_the_fingerprint_and_the_place_does_not(
     assert found() != before
 
 
+def test_what_is_ignored_is_a_part_of_the_fingerprint(write_folders: WriteFolders) -> None:
+    dataset = read_labelled_set(write_folders(train=2, test=1))
+    ignoring = tuple(dataclasses.replace(image, ignored_labels=(1,)) for image in dataset.train)
+    found = [fingerprint_set(dataclasses.replace(dataset, train=t), None) for t in (dataset.train, ignoring)]
+    assert found[0]["train"] != found[1]["train"]
+    assert found[0]["test"] == found[1]["test"]
+
+
 @pytest.mark.usefixtures("settled")
 def test_what_was_hashed_is_not_read_again(
     write_folders: WriteFolders, shards: Path, tmp_path: Path, read_names: list[str]

@@ -61,7 +61,7 @@ def load(
 
 def assert_equal(found: Features, expected: Features) -> None:
     for field in dataclasses.fields(Features):
-        if field.name not in ("values", "labels"):
+        if field.name not in ("values", "labels", "ignored"):
             assert getattr(found, field.name) == getattr(expected, field.name)
     assert torch.equal(found.labels, expected.labels)
     assert list(found.values) == list(expected.values)
@@ -98,11 +98,16 @@ def test_captions_and_their_ids_are_kept(
 def test_truth_values_of_several_classes_are_kept(
     dataset: LabelledSet, settings: ExtractionSettings, cache: FeatureCache
 ) -> None:
-    several = dataclasses.replace(dataset, targets="multilabel")
-    for _ in range(2):
-        labels = load(FakeModel(), several, settings, cache).labels
-        assert labels.dtype == torch.bool
-        assert torch.equal(labels, torch.eye(3, dtype=torch.bool).repeat_interleave(3, dim=0))
+    images = tuple(dataclasses.replace(image, ignored_labels=(0,)) for image in dataset.train)
+    several = dataclasses.replace(dataset, targets="multilabel", train=images)
+    for model in (FakeModel(), FakeModel()):
+        features = load(model, several, settings, cache)
+        assert features.labels.dtype == torch.bool
+        assert torch.equal(features.labels, torch.eye(3, dtype=torch.bool).repeat_interleave(3, dim=0))
+        assert features.ignored is not None
+        assert features.ignored.tolist() == [[True, False, False]] * NUM_IMAGES
+    assert model.num_images == 0
+    assert load(FakeModel(), dataset, settings, cache).ignored is None
 
 
 def test_only_missing_features_are_computed(

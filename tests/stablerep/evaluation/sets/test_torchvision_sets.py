@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from torchvision import datasets
 
+from stablerep.evaluation.features import build_ignored
 from stablerep.evaluation.sets import LabelledSet, SetOptions, read_labelled_set
 from stablerep.evaluation.sets.torchvision_sets import RECIPES, VOC_CLASSES
 
@@ -68,7 +69,7 @@ def write_voc(root: Path, encode_image: EncodeImage) -> None:
         "000001": [("dog", 0), ("dog", 0), ("person", 0)],
         "000002": [("person", 1)],
         "000003": [("cat", 0), ("dog", 1)],
-        "000004": [("person", 0), ("cat", 0)],
+        "000004": [("person", 0), ("person", 1), ("cat", 0)],
     }
     for split, names in {"train": ("000001", "000003"), "val": ("000002",), "test": ("000004",)}.items():
         (base / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(names) + "\n")
@@ -129,7 +130,24 @@ def test_voc_has_any_number_of_classes_an_image(tmp_path: Path, encode_image: En
         for split, images in dataset.splits.items()
     }
     assert named == {"train": [["dog", "person"], ["cat"]], "validation": [[]], "test": [["cat", "person"]]}
-    assert dataset.remarks == ("objects marked difficult count as absent",)
+    assert dataset.remarks == (
+        "classes of which an image shows difficult objects alone are ignored there, as published",
+    )
+
+
+def test_a_class_of_voc_shown_by_difficult_objects_alone_is_ignored(
+    tmp_path: Path, encode_image: EncodeImage
+) -> None:
+    write_voc(tmp_path, encode_image)
+    dataset = read("VOC2007", tmp_path)
+    named = {
+        split: [[dataset.classes[label] for label in image.ignored_labels] for image in images]
+        for split, images in dataset.splits.items()
+    }
+    assert named == {"train": [[], ["dog"]], "validation": [["person"]], "test": [[]]}
+    features = {split: build_ignored(images, dataset) for split, images in dataset.splits.items()}
+    assert features["train"] is not None
+    assert features["train"].nonzero().tolist() == [[1, VOC_CLASSES.index("dog")]]
 
 
 def test_a_class_of_voc_that_train_lacks_is_refused(tmp_path: Path, encode_image: EncodeImage) -> None:
