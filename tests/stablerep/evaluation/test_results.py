@@ -46,6 +46,7 @@ def row(protocol: str = "knn20", num_wrong: int = 4, **changes: Any) -> Row:
         "hyperparameters": {"k": 20, "temperature": 0.07},
         "feature": "cls",
         "seconds": 1.25,
+        "settings": {"precision": "float32"},
         "predictions": predictions,
         "targets": TARGETS,
     }
@@ -109,10 +110,11 @@ def test_every_line_stands_for_itself(tmp_path: Path) -> None:
     write_results(tmp_path, [row(), row("ridge")], provenance(), NAMES)
     for line in (tmp_path / "results.jsonl").read_text().splitlines():
         content = json.loads(line)
-        assert content["schema_version"] == 1
+        assert content["schema_version"] == 2
         assert content["hashes"] == {"weights": "w1", "data": "d1", "transform": "t1"}
         assert content["versions"] == {"torch": "2.15"}
         assert content["hyperparameters"] == {"k": 20, "temperature": 0.07}
+        assert content["settings"] == {"precision": "float32"}
         assert content["interval"] == [0.5, 1.0]
 
 
@@ -128,19 +130,58 @@ def test_lines_of_many_runs_can_be_put_into_one_file(tmp_path: Path) -> None:
         read_results(tmp_path)
 
 
-def test_the_same_run_is_replaced_and_another_one_is_refused(tmp_path: Path) -> None:
-    write_results(tmp_path, [row(), row("ridge")], provenance(), NAMES)
-    write_results(tmp_path, [row(num_wrong=8)], provenance(), NAMES)
-    assert [found.value for found in read_results(tmp_path).rows] == [0.8]
+def test_scores_of_the_same_run_join_those_that_are_there(tmp_path: Path) -> None:
+    hits = np.arange(7) % 2 == 0
+    captions = [f"caption {i}" for i in range(7)]
+    retrieval = row("retrieval", n=7, predictions=hits, targets=None, names=captions)
+    write_results(tmp_path, [row(), row("ridge"), retrieval], provenance(), NAMES)
+    together = write_results(tmp_path, [row("logreg", num_wrong=1), row(num_wrong=8)], provenance(), NAMES)
+    expected = [row(num_wrong=8), row("ridge"), retrieval, row("logreg", num_wrong=1)]
+    for found in (read_results(tmp_path).rows, together):
+        assert list(found) == expected
+        for one, wanted in zip(found, expected, strict=True):
+            assert_same_arrays(one.predictions, wanted.predictions)
+            assert_same_arrays(one.targets, wanted.targets)
+    assert [list(one.names or ()) for one in read_results(tmp_path).rows] == [NAMES, NAMES, captions, NAMES]
+    assert {path.name for path in tmp_path.iterdir()} == {"results.jsonl", "predictions.npz"}
+
+
+def test_scores_keep_the_examples_that_they_were_computed_from(tmp_path: Path) -> None:
+    write_results(tmp_path, [row()], provenance(), NAMES)
+    fewer = row("ridge", n=39, predictions=TARGETS[1:], targets=TARGETS[1:])
+    write_results(tmp_path, [fewer], provenance(), NAMES[1:])
+    first, second = read_results(tmp_path).rows
+    assert (list(first.names or ()), list(second.names or ())) == (NAMES, NAMES[1:])
+    assert_same_arrays(first.targets, TARGETS)
+    assert_same_arrays(second.targets, TARGETS[1:])
+
+
+def test_results_of_another_run_are_refused(tmp_path: Path) -> None:
+    write_results(tmp_path, [row()], provenance(), NAMES)
     with pytest.raises(ValueError, match=r"results of other weights \(w1, now w2\): name another folder"):
         write_results(tmp_path, [row()], provenance(weights="w2"), NAMES)
     with pytest.raises(ValueError, match="results of other data"):
         check_folder(tmp_path, provenance(data="d2"))
     check_folder(tmp_path / "new", provenance())
     assert read_results(tmp_path).provenance == provenance()
-    write_results(tmp_path, [row()], provenance(weights="w2"), NAMES, overwrite=True)
+    write_results(tmp_path, [row("ridge")], provenance(weights="w2"), NAMES, overwrite=True)
     assert read_results(tmp_path).provenance.hashes["weights"] == "w2"
-    assert {path.name for path in tmp_path.iterdir()} == {"results.jsonl", "predictions.npz"}
+    assert [found.protocol for found in read_results(tmp_path).rows] == ["ridge"]
+
+
+def test_a_score_of_other_settings_is_refused(tmp_path: Path) -> None:
+    exact = row(settings={"linear.num_views": None, "seed": 0})
+    quick = row(settings={"linear.num_views": 4, "seed": 0}, num_wrong=8)
+    write_results(tmp_path, [exact, row("ridge")], provenance(), NAMES)
+    told = r"knn20 accuracy of cls with linear.num_views was None, now 4: name another folder, or give"
+    with pytest.raises(ValueError, match=told):
+        write_results(tmp_path, [quick], provenance(), NAMES)
+    with pytest.raises(ValueError, match=told):
+        check_folder(tmp_path, provenance(), {quick.key: quick.settings})
+    check_folder(tmp_path, provenance(), {("logreg", "accuracy", "cls"): quick.settings})
+    assert list(read_results(tmp_path).rows) == [exact, row("ridge")]
+    write_results(tmp_path, [quick], provenance(), NAMES, overwrite=True)
+    assert list(read_results(tmp_path).rows) == [quick, row("ridge")]
 
 
 def test_equal_results_are_equal_bytes(tmp_path: Path) -> None:
@@ -164,15 +205,31 @@ def test_a_full_disk_leaves_the_old_results(tmp_path: Path, monkeypatch: pytest.
     assert {path.name for path in tmp_path.iterdir()} == {"results.jsonl", "predictions.npz"}
 
 
-def test_a_kill_between_the_two_files_is_seen(tmp_path: Path) -> None:
-    write_results(tmp_path, [row(num_wrong=20)], provenance(), NAMES)
-    newer = (tmp_path / "predictions.npz").read_bytes()
+def test_a_kill_between_the_two_files_loses_no_score(tmp_path: Path) -> None:
     write_results(tmp_path, [row()], provenance(), NAMES)
-    (tmp_path / "predictions.npz").write_bytes(newer)
-    with pytest.raises(
-        ValueError, match=r"predictions.npz is not the file that .*results.jsonl, line 1, names"
-    ):
+    before = (tmp_path / "results.jsonl").read_bytes()
+    write_results(tmp_path, [row("ridge", num_wrong=2)], provenance(), NAMES)
+    (tmp_path / "results.jsonl").write_bytes(before)  # as if killed after the predictions were written
+    assert list(read_results(tmp_path).rows) == [row()]
+    write_results(tmp_path, [row("ridge", num_wrong=2)], provenance(), NAMES)
+    assert list(read_results(tmp_path).rows) == [row(), row("ridge", num_wrong=2)]
+
+
+def test_predictions_of_another_run_are_seen(tmp_path: Path) -> None:
+    write_results(tmp_path, [row(num_wrong=20)], provenance(), NAMES)
+    other = (tmp_path / "predictions.npz").read_bytes()
+    write_results(tmp_path, [row()], provenance(), NAMES)
+    (tmp_path / "predictions.npz").write_bytes(other)
+    told = r"results.jsonl, line 1: 'knn20/cls' in predictions.npz is of another run: sha256 must be"
+    with pytest.raises(ValueError, match=told):
         read_results(tmp_path)
+    with pytest.raises(ValueError, match=told):
+        write_results(tmp_path, [row("ridge")], provenance(), NAMES)
+    (tmp_path / "predictions.npz").write_bytes(other[: len(other) // 2])
+    with pytest.raises(ValueError, match=r"predictions.npz is damaged"):
+        read_results(tmp_path)
+    write_results(tmp_path, [row("ridge")], provenance(), NAMES, overwrite=True)
+    assert list(read_results(tmp_path).rows) == [row("ridge")]
 
 
 @pytest.mark.parametrize(
@@ -180,7 +237,7 @@ def test_a_kill_between_the_two_files_is_seen(tmp_path: Path) -> None:
     [
         ("{", "is not JSON"),
         ("[1]", "must be an object, got list"),
-        ({"schema_version": 2}, "schema_version must be 1, got 2"),
+        ({"schema_version": 1}, "schema_version must be 2, got 1"),
         ({"value": "0.5"}, 'value must be a number, got "0.5"'),
         ({"value": True}, "value must be a number, got true"),
         ({"value": None}, "value must be a number, got null"),
@@ -189,6 +246,7 @@ def test_a_kill_between_the_two_files_is_seen(tmp_path: Path) -> None:
         ({"interval": [0.5]}, r"interval must be two numbers or null, got \[0.5\]"),
         ({"interval": [0.9, 0.5]}, r"interval must be \(low, high\), got \(0.9, 0.5\)"),
         ({"hyperparameters": None}, "hyperparameters must be an object, got null"),
+        ({"settings": []}, r"settings must be an object, got \[\]"),
         ({"hashes": {"data": "x"}}, "missing: weights, transform"),
         ({"predictions": {"key": "knn20/cls"}}, "predictions must be an object with key and sha256"),
         ({"protocol": ""}, "protocol of a row must not be empty"),
@@ -223,6 +281,7 @@ def test_missing_files_and_keys_are_named(tmp_path: Path) -> None:
     (tmp_path / "results.jsonl").write_text("\n")
     with pytest.raises(ValueError, match=r"results\.jsonl has no rows"):
         read_results(tmp_path)
+    (tmp_path / "results.jsonl").unlink()
     write_results(tmp_path, [row()], provenance(), NAMES)
     path = tmp_path / "results.jsonl"
     path.write_text(path.read_text().replace("knn20/cls", "knn5/cls"))

@@ -1,0 +1,225 @@
+"""Scores in a folder."""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from stablerep.evaluation.results.lines import Line, read_lines, to_plain, write_line
+from stablerep.evaluation.results.predictions import (
+    attach_arrays,
+    collect_arrays,
+    digest_arrays,
+    pack_arrays,
+    read_arrays,
+)
+from stablerep.evaluation.results.rows import HASH_NAMES, Provenance, Row, RowKey
+
+RESULTS_FILE, PREDICTIONS_FILE = "results.jsonl", "predictions.npz"
+_WAY_OUT = "name another folder, or give --overwrite"
+
+
+class Record(NamedTuple):
+    """A row and where it is from."""
+
+    row: Row
+    provenance: Provenance
+
+
+@dataclass(frozen=True)
+class Results:
+    """A run, read back: its rows with their predictions.
+
+    Args:
+        folder: Where it was read.
+        provenance: What the rows share.
+        rows: In the order in which they were written; each has its names, if it has predictions.
+        names: The test images.
+    """
+
+    folder: Path
+    provenance: Provenance
+    rows: tuple[Row, ...]
+    names: tuple[str, ...]
+
+
+def check_folder(
+    folder: str | Path,
+    provenance: Provenance,
+    settings: Mapping[RowKey, Mapping[str, Any]] | None = None,
+) -> None:
+    """Refuses a folder that holds other results; to be called before the work, too.
+
+    Args:
+        folder: Where scores will be written.
+        provenance: Of the scores to come.
+        settings: Those of each score to come.
+
+    Raises:
+        ValueError: If its results.jsonl is of other weights, data or transform, has one of these scores with
+            other settings, or cannot be read.
+    """
+    path = Path(folder) / RESULTS_FILE
+    if path.exists():
+        _check_lines(path, read_lines(path), provenance, settings or {})
+
+
+def write_results(
+    folder: str | Path,
+    rows: Sequence[Row],
+    provenance: Provenance,
+    names: Sequence[str],
+    *,
+    overwrite: bool = False,
+) -> tuple[Row, ...]:
+    """Writes scores; those of the same weights, data and transform that are there stay.
+
+    Each of the two files is written whole or not at all, and a kill between them loses no score.
+
+    Args:
+        folder: Where; it exists.
+        rows: The scores, no two with the same protocol, metric and feature. One that is there with the same
+            settings is replaced.
+        provenance: What they share.
+        names: Names of the test images, in the order of the predictions.
+        overwrite: Replace scores of other settings, too, and all results of another run.
+
+    Returns:
+        All scores that the folder now has, in the order in which they were first written.
+
+    Raises:
+        ValueError: If there is no row, two rows cannot be told apart, predictions are not as many as the
+            names, hyper-parameters are not plain, or the folder holds other results.
+        OSError: If a file cannot be written; the old ones stay.
+    """
+    folder = Path(folder)
+    if not rows:
+        raise ValueError("there are no rows to write")
+    new = {row.key: Record(row, provenance) for row in rows}
+    records = _read_earlier(folder, new, provenance, overwrite=overwrite) | new
+    kept = [record.row for key, record in records.items() if key not in new]
+    together = [*rows, *(_share_names(row, names) for row in kept)]
+    arrays, keys = collect_arrays(together, names)
+    lines = [
+        write_line(
+            record.row, record.provenance, found, None if found is None else digest_arrays(arrays, found)
+        )
+        for key, record in records.items()
+        for found in [keys.get(key)]
+    ]
+    # Predictions first: a kill between the two leaves lines whose arrays are there, or are seen to be others.
+    replace_file(folder / PREDICTIONS_FILE, pack_arrays(arrays))
+    replace_file(folder / RESULTS_FILE, "".join(lines).encode())
+    return tuple(record.row for record in records.values())
+
+
+def read_records(path: str | Path) -> list[Record]:
+    """Every line of a results.jsonl, of one run or of many, without predictions.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If a line is none of this version; the message names the file and the line.
+    """
+    return [Record(line.row, line.provenance) for line in read_lines(Path(path))]
+
+
+def read_results(folder: str | Path) -> Results:
+    """A run with its predictions.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If a line is none of this version, lines are of several runs, or predictions.npz has not
+            what they name.
+    """
+    folder = Path(folder)
+    path = folder / RESULTS_FILE
+    lines = read_lines(path)
+    if not lines:
+        raise ValueError(f"{path} has no rows")
+    for line in lines[1:]:
+        if line.provenance.hashes != lines[0].provenance.hashes:
+            raise ValueError(f"{path}, line {line.number}: is of another run than line {lines[0].number}")
+    arrays = read_arrays(folder / PREDICTIONS_FILE) if any(line.key for line in lines) else {}
+    rows = tuple(_attach(line, arrays, path) for line in lines)
+    return Results(folder, lines[0].provenance, rows, tuple(map(str, arrays.get("names", ()))))
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all: under another name in its folder, then renamed.
+
+    Raises:
+        OSError: If it cannot be written; what was there stays.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _check_lines(
+    path: Path,
+    lines: Sequence[Line],
+    provenance: Provenance,
+    settings: Mapping[RowKey, Mapping[str, Any]],
+) -> None:
+    for line in lines:
+        for name in HASH_NAMES:
+            found, expected = line.provenance.hashes[name], provenance.hashes[name]
+            if found != expected:
+                raise ValueError(
+                    f"{path} holds results of other {name} ({found[:12]}, now {expected[:12]}): {_WAY_OUT}"
+                )
+    for line in lines:
+        if line.row.key not in settings:
+            continue
+        old, new = line.row.settings, to_plain(settings[line.row.key], "settings")
+        if changed := [name for name in {**old, **new} if old.get(name) != new.get(name)]:
+            protocol, metric, feature = line.row.key
+            told = ", ".join(f"{name} was {old.get(name)}, now {new.get(name)}" for name in changed)
+            raise ValueError(f"{path} holds {protocol} {metric} of {feature} with {told}: {_WAY_OUT}")
+
+
+def _read_earlier(
+    folder: Path, new: Mapping[RowKey, Record], provenance: Provenance, *, overwrite: bool
+) -> dict[RowKey, Record]:
+    """The scores that are there; those that will be replaced keep their place, without arrays."""
+    path = folder / RESULTS_FILE
+    if not path.exists():
+        return {}
+    try:
+        lines = read_lines(path)
+        settings = {} if overwrite else {key: record.row.settings for key, record in new.items()}
+        _check_lines(path, lines, provenance, settings)
+        kept = [line for line in lines if line.row.key not in new]
+        arrays = read_arrays(folder / PREDICTIONS_FILE) if any(line.key for line in kept) else {}
+        attached = {line.row.key: _attach(line, arrays, path) for line in kept}
+    except (ValueError, FileNotFoundError):
+        if not overwrite:
+            raise
+        return {}
+    rows = [(attached.get(line.row.key, line.row), line.provenance) for line in lines]
+    return {row.key: Record(row, provenance) for row, provenance in rows}
+
+
+def _attach(line: Line, arrays: Mapping[str, np.ndarray], path: Path) -> Row:
+    """The row of a line with its arrays."""
+    if line.key is None:
+        return line.row
+    try:
+        return attach_arrays(line.row, arrays, line.key, line.digest or "")
+    except ValueError as error:
+        raise ValueError(f"{path}, line {line.number}: {error}") from error
+
+
+def _share_names(row: Row, names: Sequence[str]) -> Row:
+    """The row without names where they are the run's."""
+    return dataclasses.replace(row, names=None) if list(row.names or ()) == list(names) else row
