@@ -1,7 +1,8 @@
 """Models by path or name: one function for every form in which a vision encoder comes.
 
 our checkpoint                      runs/fit/checkpoints/last.ckpt
-the authors' weights                cc12m_1x.pth, also bare weights of a vision transformer
+the authors' weights                cc12m_1x.pth
+bare weights                        FILE with a vision transformer's weights, its heads and input assumed
 a model of timm                     vit_small_patch16_224.augreg_in21k
 a folder that timm can load         DIR with config.json
 a model on the hub                  hf-hub:ORG/NAME
@@ -9,8 +10,8 @@ a model of open_clip                open_clip:ViT-B-32/laion2b_s34b_b79k, open_c
 a folder that open_clip can load    DIR with open_clip_config.json
 """
 
-import dataclasses
-import json
+import importlib.util
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ from stablerep.backbones import ProjectionHead, build_from_checkpoint, is_checkp
 from stablerep.loading.clip_models import OPEN_CLIP_CONFIG, load_open_clip
 from stablerep.loading.model import EvaluationTransform, InputFormat, LoadedModel, TextSide, digest_weights
 from stablerep.loading.official import build_official, read_weights
-from stablerep.loading.timm_models import load_timm, read_input_format
+from stablerep.loading.timm_models import TIMM_CONFIG, TIMM_WEIGHTS, is_timm_config, load_timm
 from stablerep.loading.weights import describe_keys, fit_weights, strip_prefix
 from stablerep.text import ImageTextHead, TextConfig, Tokenizer, build_text_tower
 
@@ -37,7 +38,8 @@ __all__ = [
     "load_model",
 ]
 
-TIMM_CONFIG = "config.json"
+logger = logging.getLogger(__name__)
+
 _LOCAL_FOLDER, _HUB = "local-dir:", "hf-hub:"
 _CHECKPOINT_PARTS = ("backbone.", "ema_backbone.", "projection_head.", "text_tower.", "text_head.", "queue.")
 
@@ -90,16 +92,24 @@ def _refuse_missing(name: str, path: Path) -> None:
 
 
 def _load_file(name: str, path: Path, ema: bool, random_init: bool) -> LoadedModel:
+    if path.name == TIMM_WEIGHTS and is_timm_config(path.parent / TIMM_CONFIG) and not ema:
+        return load_timm(name, f"{_LOCAL_FOLDER}{path.parent}", random_init=random_init)
     content = read_weights(path)
     if is_checkpoint(content):
         return _load_checkpoint(name, path, content, ema, random_init)
     if ema:
         raise ValueError(f"ema needs a checkpoint of stablerep fit with a moving average, got {name}")
     found = build_official(content, f"checkpoint {path}", random_init)
+    if found.is_bare:
+        logger.warning(
+            "%s says neither how many heads it has nor what its input is: heads of 64 channels, ImageNet's "
+            "mean and deviation, and a crop of 224/256 are assumed",
+            name,
+        )
     return LoadedModel(
         name=name,
         architecture=str(found.backbone.architecture),
-        kind="stablerep",
+        kind="weights" if found.is_bare else "stablerep",
         backbone=found.backbone,
         input_format=_our_input_format(found.backbone),
         projection_head=found.projection_head,
@@ -180,25 +190,15 @@ def _build_text_side(content: Mapping[str, Any], width: int, where: str) -> Text
 
 
 def _load_folder(name: str, folder: Path, random_init: bool) -> LoadedModel:
+    has_timm = is_timm_config(folder / TIMM_CONFIG)
     if (folder / OPEN_CLIP_CONFIG).is_file():
-        model = load_open_clip(str(folder), random_init=random_init)
-        model.name = name
-        if (folder / TIMM_CONFIG).is_file():  # which knows the crop, as open_clip's file does not
-            model.input_format = dataclasses.replace(
-                model.input_format, crop_fraction=_read_timm_config(folder).crop_fraction
-            )
-        return model
+        if importlib.util.find_spec("open_clip") is not None or not has_timm:
+            model = load_open_clip(str(folder), random_init=random_init)
+            model.name = name
+            return model
+        logger.warning("%s: open_clip is not installed, so its text tower is left out", name)
     if (folder / TIMM_CONFIG).is_file():
         return load_timm(name, f"{_LOCAL_FOLDER}{folder}", random_init=random_init)
     last = folder / "checkpoints" / "last.ckpt"
     hint = f"; its checkpoint is {last}" if last.is_file() else ""
     raise ValueError(f"folder {folder} has neither {TIMM_CONFIG} nor {OPEN_CLIP_CONFIG}{hint}")
-
-
-def _read_timm_config(folder: Path) -> InputFormat:
-    path = folder / TIMM_CONFIG
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))["pretrained_cfg"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not timm's: {type(error).__name__} {error}") from error
-    return read_input_format(settings, str(folder))

@@ -1,8 +1,9 @@
 """Models of open_clip: its own architectures, with weights by tag or file, a folder, or a hub id."""
 
+import dataclasses
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from stablerep.arguments import suggest
 from stablerep.loading.model import InputFormat, LoadedModel, TextSide
+from stablerep.loading.timm_models import TIMM_CONFIG, is_timm_config, read_folder_format
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +74,8 @@ def load_open_clip(name: str, *, random_init: bool) -> LoadedModel:
     """A model of open_clip.
 
     "cls" is what the image tower returns before its projection into the joint space, where that can be told
-    from the tower: for its own vision transformers and for timm's.
+    from the tower: for its own vision transformers and for timm's. The crop is that of timm's config.json
+    where that lies in the folder, as in an export: open_clip's file does not say it.
 
     Args:
         name: `open_clip:ARCHITECTURE/TAG`, `open_clip:ARCHITECTURE/FILE`, `open_clip:hf-hub:ORG/NAME`, or a
@@ -87,6 +90,7 @@ def load_open_clip(name: str, *, random_init: bool) -> LoadedModel:
     spec = name.removeprefix("open_clip:")
     pretrained: str | None = None
     options: dict[str, Any] = {}
+    folder: Path | None = None
     if spec.startswith(LOCAL_FOLDER) or Path(spec).is_dir():
         folder = Path(spec.removeprefix(LOCAL_FOLDER))
         model_name, options = f"{LOCAL_FOLDER}{folder}", _read_folder(folder)
@@ -110,7 +114,11 @@ def load_open_clip(name: str, *, random_init: bool) -> LoadedModel:
     except (RuntimeError, ValueError, OSError, KeyError, TypeError, AssertionError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{name}: open_clip cannot load it: {reason}") from error
-    return _wrap(name, architecture, model_name, model.eval(), with_text=not random_init)
+    loaded = _wrap(name, architecture, model_name, model.eval(), with_text=not random_init)
+    if folder is not None and is_timm_config(folder / TIMM_CONFIG):
+        crop_fraction = read_folder_format(folder).crop_fraction
+        loaded.input_format = dataclasses.replace(loaded.input_format, crop_fraction=crop_fraction)
+    return loaded
 
 
 def _wrap(name: str, architecture: str, model_name: str, model: Any, with_text: bool) -> LoadedModel:
@@ -156,8 +164,21 @@ def _read_folder(folder: Path) -> dict[str, Any]:
         raise ValueError(f"folder {folder} has no {OPEN_CLIP_CONFIG}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not open_clip's: {type(error).__name__} {error}") from error
+    return place_image_tower(folder, vision)
+
+
+def place_image_tower(folder: Path, vision: Mapping[str, Any]) -> dict[str, Any]:
+    """What `open_clip.create_model` must be told where the image tower is described by the folder itself.
+
+    Args:
+        folder: Where the folder is now.
+        vision: Its `vision_cfg`.
+
+    Returns:
+        Arguments; none where the tower has a name of timm's.
+    """
     tower = str(vision.get("timm_model_name") or "")
-    if not tower.startswith(LOCAL_FOLDER) or not (folder / "config.json").is_file():
+    if not tower.startswith(LOCAL_FOLDER) or not is_timm_config(folder / TIMM_CONFIG):
         return {}
     return {"vision_cfg": {**vision, "timm_model_name": f"{LOCAL_FOLDER}{folder}"}}
 

@@ -15,7 +15,8 @@ from torchvision.transforms import InterpolationMode, v2
 from stablerep.data.decoding import to_rgb
 from stablerep.text import TextConfig
 
-Kind = Literal["checkpoint", "stablerep", "timm", "open_clip"]
+Kind = Literal["checkpoint", "stablerep", "weights", "timm", "open_clip"]
+"""Of `stablerep fit`; of the authors; a vision transformer's weights and nothing else; of those libraries."""
 
 _NUM_LAST_BLOCKS = 4
 _NUM_TEXTS_PER_BATCH = 256
@@ -148,6 +149,9 @@ class LoadedModel(nn.Module):
 
     Shapes:
         backbone: images [N, 3, S, S] -> [N, D]
+
+    Raises:
+        ValueError: If a weight is not finite; names it.
     """
 
     def __init__(
@@ -171,6 +175,7 @@ class LoadedModel(nn.Module):
         self.text = text
         self.requires_grad_(False)
         self.eval()
+        _check_finite(name, self)
         self.digest = digest_weights(self.state_dict())
         self.forward_digest = hashlib.sha256(describe_forward(self).encode()).hexdigest()
         self._read_tokens = _find_token_reader(backbone)
@@ -253,6 +258,12 @@ class LoadedModel(nn.Module):
         if self.text is None:
             raise ValueError(f"{self.name} has no text tower: it cannot compare images with texts")
         return self.text
+
+
+def _check_finite(name: str, model: nn.Module) -> None:
+    for key, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise ValueError(f"{name}: weight {key} is not finite")
 
 
 def digest_weights(weights: Mapping[str, Tensor]) -> str:

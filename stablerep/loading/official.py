@@ -15,6 +15,7 @@ Reference:
 import argparse
 import math
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,11 +47,13 @@ class OfficialModel(NamedTuple):
         backbone: A timm vision transformer, with the attributes of `build_backbone`.
         projection_head: The image loss's head, where the file has it.
         text: The text tower, where the file has it.
+        is_bare: Whether there is a backbone alone, which could be anybody's: the authors' files have more.
     """
 
     backbone: nn.Module
     projection_head: nn.Module | None
     text: TextSide | None
+    is_bare: bool
 
 
 def read_weights(path: Path) -> dict[str, Any]:
@@ -67,7 +70,8 @@ def read_weights(path: Path) -> dict[str, Any]:
             return dict(safetensors.torch.load_file(path))
         # The authors' files hold their command line, a namespace of plain values.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            is_mapped = zipfile.is_zipfile(path)  # what nobody asks for, an optimizer's state, is not read
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
     except (
         pickle.UnpicklingError,
         safetensors.SafetensorError,
@@ -110,7 +114,7 @@ def build_official(content: Mapping[str, Any], where: str, random_init: bool = F
         raise ValueError(f"{where} is not understood: {'; '.join(describe_keys('unexpected', unknown))}")
     backbone = _build_vit(visual, where)
     if random_init:
-        return OfficialModel(backbone.eval(), None, None)
+        return OfficialModel(backbone.eval(), None, None, is_bare=not others)
     fit_weights(backbone, visual, where, ignored_prefixes=[CLASSIFIER_PREFIX])
     width = int(backbone.num_features)  # type: ignore[arg-type]
     mlp = strip_prefix(others, "image_mlp.")
@@ -118,7 +122,7 @@ def build_official(content: Mapping[str, Any], where: str, random_init: bool = F
     text = None
     if any(key.startswith(_TEXT_PARTS) for key in others):
         text = _build_text(others, width, where)
-    return OfficialModel(backbone.eval(), head, text)
+    return OfficialModel(backbone.eval(), head, text, is_bare=not others)
 
 
 def _find_weights(content: Mapping[str, Any], where: str) -> dict[str, Tensor]:

@@ -1,20 +1,26 @@
 """Models of timm: by name, from a folder with config.json, or from the hub."""
 
+import json
 import logging
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import timm
 import timm.data
+from safetensors import safe_open
 from torch import nn
 
 from stablerep.loading.model import InputFormat, LoadedModel
-from stablerep.loading.weights import describe_keys
+from stablerep.loading.weights import describe_keys, describe_shapes
 
 logger = logging.getLogger(__name__)
 
+TIMM_CONFIG, TIMM_WEIGHTS = "config.json", "model.safetensors"
+_LOCAL_FOLDER, _HUB = "local-dir:", "hf-hub:"
 _MISSING, _UNEXPECTED = "Missing key(s) in state_dict:", "Unexpected key(s) in state_dict:"
 
 
@@ -27,9 +33,12 @@ def load_timm(name: str, source: str, *, random_init: bool) -> LoadedModel:
         random_init: Fresh weights (torch's global seed).
 
     Raises:
-        ValueError: If timm cannot build it, or weights other than the classifier's are missing or unexpected.
+        ValueError: If timm cannot build it, or weights other than the classifier's are missing, unexpected,
+            or of another shape in a folder or on the hub.
     """
     model: Any = _create(name, source, not random_init)
+    if not random_init:
+        _check_shapes(name, source, model)
     if getattr(model, "num_classes", 0):
         model.reset_classifier(0)
     return LoadedModel(
@@ -57,6 +66,62 @@ def _create(name: str, source: str, pretrained: bool) -> nn.Module:
         keys = "; ".join([*describe_keys("missing", missing), *describe_keys("unexpected", unexpected)])
         reason = keys or " ".join(text.split())[:300] or type(error).__name__
         raise ValueError(f"{name}: timm cannot load it: {reason}") from error
+
+
+def _check_shapes(name: str, source: str, model: nn.Module) -> None:
+    """Refuses what timm would interpolate: position embeddings of another image size."""
+    path = _find_weights(source)
+    if path is None:
+        return
+    own = {key: list(value.shape) for key, value in model.state_dict().items()}
+    with safe_open(path, "pt") as file:
+        given = {key: list(file.get_slice(key).get_shape()) for key in file.keys() if key in own}  # noqa: SIM118
+    if shapes := describe_shapes(given, own):
+        raise ValueError(f"{name}: its weights are not those of its {TIMM_CONFIG}: {'; '.join(shapes)}")
+
+
+def _find_weights(source: str) -> Path | None:
+    """The file of safetensors that timm has read; None for a name of timm, or a file of another kind."""
+    if source.startswith(_LOCAL_FOLDER):
+        path = Path(source.removeprefix(_LOCAL_FOLDER), TIMM_WEIGHTS)
+        return path if path.is_file() else None
+    if not source.startswith(_HUB):
+        return None
+    repository, _, revision = source.removeprefix(_HUB).partition("@")
+    found = huggingface_hub.try_to_load_from_cache(repository, TIMM_WEIGHTS, revision=revision or None)
+    return Path(found) if isinstance(found, str) else None
+
+
+def is_timm_config(path: Path) -> bool:
+    """Whether a config.json is timm's: transformers gives its own the same name.
+
+    Raises:
+        ValueError: If it is no JSON.
+    """
+    return bool(_read_pretrained_cfg(path))
+
+
+def read_folder_format(folder: Path) -> InputFormat:
+    """The input format of a folder of timm.
+
+    Raises:
+        ValueError: If it is no such folder, or the input is not square.
+    """
+    settings = _read_pretrained_cfg(folder / TIMM_CONFIG)
+    if not settings:
+        raise ValueError(f"{folder / TIMM_CONFIG} is not timm's: it has no pretrained_cfg")
+    return read_input_format(settings, str(folder))
+
+
+def _read_pretrained_cfg(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not readable: {error}") from error
+    found = content.get("pretrained_cfg") if isinstance(content, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def read_input_format(settings: Mapping[str, Any], name: str) -> InputFormat:

@@ -23,15 +23,11 @@ def fit_weights(
     """
     own = module.state_dict()
     given = {key: value for key, value in weights.items() if not key.startswith(tuple(ignored_prefixes))}
-    shapes = [
-        f"{key} is {list(given[key].shape)} there and {list(own[key].shape)} here"
-        for key in own
-        if key in given and given[key].shape != own[key].shape
-    ]
+    sizes, own_sizes = ({key: list(value.shape) for key, value in of.items()} for of in (given, own))
     complaints = [
         *describe_keys("missing", [key for key in own if key not in given]),
         *describe_keys("unexpected", [key for key in given if key not in own]),
-        *shapes[:_MAX_NAMES],
+        *describe_shapes(sizes, own_sizes),
     ]
     if complaints:
         raise ValueError(f"{where} does not fit its architecture: {'; '.join(complaints)}")
@@ -44,6 +40,15 @@ def describe_keys(what: str, keys: Sequence[str]) -> list[str]:
         return []
     more = f" and {len(keys) - _MAX_NAMES} more" if len(keys) > _MAX_NAMES else ""
     return [f"{what} {', '.join(keys[:_MAX_NAMES])}{more}"]
+
+
+def describe_shapes(given: Mapping[str, list[int]], own: Mapping[str, list[int]]) -> list[str]:
+    """`weight is [3] there and [4] here` for the first of those that differ."""
+    return [
+        f"{key} is {given[key]} there and {own[key]} here"
+        for key in own
+        if key in given and given[key] != own[key]
+    ][:_MAX_NAMES]
 
 
 def strip_prefix(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

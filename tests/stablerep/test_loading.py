@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable
@@ -143,7 +144,7 @@ def test_fresh_weights_are_those_of_the_seed_and_no_others(tmp_path: Path) -> No
 
 
 def test_digest_is_of_the_weights_alone(tmp_path: Path) -> None:
-    module = save_checkpoint(tmp_path / "a.ckpt")
+    save_checkpoint(tmp_path / "a.ckpt")
     first = load_model(tmp_path / "a.ckpt").digest
     (tmp_path / "b.ckpt").write_bytes((tmp_path / "a.ckpt").read_bytes())
     assert load_model(tmp_path / "b.ckpt").digest == first
@@ -152,7 +153,19 @@ def test_digest_is_of_the_weights_alone(tmp_path: Path) -> None:
     torch.save(content, tmp_path / "b.ckpt")
     assert load_model(tmp_path / "b.ckpt").digest != first
     assert len(first) == 64
-    assert module is not None
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "a.ckpt", TextConfig(**SMALL_TEXT))
+    for key, name, value in (
+        ("backbone.norm.bias", "backbone.norm.bias", math.nan),
+        ("text_tower.ln_final.bias", "text.tower.ln_final.bias", math.inf),
+    ):
+        content = torch.load(tmp_path / "a.ckpt", weights_only=True)
+        content["state_dict"][key][0] = value
+        torch.save(content, tmp_path / "b.ckpt")
+        with pytest.raises(ValueError, match=rf"b\.ckpt: weight {name} is not finite"):
+            load_model(tmp_path / "b.ckpt")
 
 
 def change(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
@@ -239,9 +252,24 @@ def test_official_weights_are_read_in_every_form(tmp_path: Path, form: str) -> N
             save_file(vit.state_dict(), path)
     model, images = load_model(path), draw_images(24)
     torch.testing.assert_close(model.extract(images)["cls"], vit(images))
-    assert (model.kind, model.input_format.image_size) == ("stablerep", 24)
-    assert ("projection" in model.feature_names) == (form not in ("unprefixed", "safetensors"))
+    is_bare = form in ("unprefixed", "safetensors")
+    assert (model.kind, model.input_format.image_size) == ("weights" if is_bare else "stablerep", 24)
+    assert ("projection" in model.feature_names) != is_bare
     assert model.input_format.mean == IMAGENET_MEAN
+
+
+@pytest.mark.parametrize("prefix", ["", "visual."])
+def test_a_backbone_alone_is_nobodys_and_what_is_assumed_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, prefix: str
+) -> None:
+    vit, weights = build_official()
+    torch.save({"model": weights}, tmp_path / "official.pth")
+    assert load_model(tmp_path / "official.pth").kind == "stablerep"
+    assert not caplog.records
+    torch.save({f"{prefix}{key}": value for key, value in vit.state_dict().items()}, tmp_path / "vit.pth")
+    assert load_model(tmp_path / "vit.pth").kind == "weights"
+    (record,) = caplog.records
+    assert "heads of 64 channels, ImageNet's mean and deviation" in record.message
 
 
 def test_official_projection_head_is_read(tmp_path: Path) -> None:
@@ -447,6 +475,31 @@ def test_timm_folder_with_another_weight_is_refused(tmp_path: Path) -> None:
         load_model(tmp_path / "m")
 
 
+def test_weights_beside_their_config_are_what_it_says(tmp_path: Path) -> None:
+    args = TIMM_ARGS | {"embed_dim": 128, "num_heads": 4}  # by the width alone they would be 2
+    vit = disturb(timm.create_model("vit_tiny_patch16_224", num_classes=0, **args)).eval()
+    save_timm_folder(tmp_path / "m", vit, model_args=args)
+    model = load_model(tmp_path / "m" / "model.safetensors")
+    assert torch.equal(model.backbone(draw_images()), vit(draw_images()))
+    assert model.input_format == load_model(tmp_path / "m").input_format
+
+
+def save_resized_folder(folder: Path) -> None:
+    """Weights for images of 24 pixels beside a config for 16."""
+    args = TIMM_ARGS | {"img_size": 24}
+    save_timm_folder(folder, timm.create_model("vit_tiny_patch16_224", num_classes=0, **args))
+
+
+def test_timm_folder_with_weights_of_another_shape_is_refused(tmp_path: Path) -> None:
+    save_resized_folder(tmp_path / "m")
+    message = (
+        r"m: its weights are not those of its config.json: pos_embed is \[1, 10, 16\] there and \[1, 5, 16\]"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_model(tmp_path / "m")
+    assert load_model(tmp_path / "m", random_init=True).input_format.image_size == 16
+
+
 def test_timm_name_with_fresh_weights() -> None:
     torch.manual_seed(1)
     model = load_model("test_vit.r160_in1k", random_init=True)
@@ -502,6 +555,15 @@ def test_hub_id_is_loaded_through_timm(tmp_path: Path, hub: Callable[[str, Path]
     model, images = load_model("hf-hub:someone/model"), draw_images()
     torch.testing.assert_close(model.backbone(images), vit.forward_head(vit.forward_features(images), True))  # type: ignore[operator]
     assert model.input_format.interpolation == "bilinear"
+
+
+def test_hub_id_with_weights_of_another_shape_is_refused(
+    tmp_path: Path, hub: Callable[[str, Path], None]
+) -> None:
+    save_resized_folder(tmp_path / "m")
+    hub("someone/model", tmp_path / "m")
+    with pytest.raises(ValueError, match=r"^hf-hub:someone/model: its weights are not those of its config"):
+        load_model("hf-hub:someone/model")
 
 
 def test_timm_name_is_loaded_from_the_hub(tmp_path: Path, hub: Callable[[str, Path], None]) -> None:
@@ -584,6 +646,40 @@ def test_open_clip_folder(tmp_path: Path) -> None:
     model = load_model(tmp_path / "m")
     check_clip(model, clip)
     assert model.input_format == InputFormat(16, (0.5,) * 3, (0.25,) * 3, "bilinear", 1.0)
+
+
+def test_open_clip_folder_beside_a_config_of_transformers(tmp_path: Path) -> None:
+    clip = save_clip_folder(tmp_path / "m", CLIP_CONFIG)
+    (tmp_path / "m" / "config.json").write_text(json.dumps({"model_type": "clip", "projection_dim": 6}))
+    model = load_model(tmp_path / "m")
+    check_clip(model, clip)
+    assert model.input_format.crop_fraction == 1
+
+
+def save_both_forms(folder: Path) -> tuple[Any, nn.Module]:
+    """A folder for open_clip and for timm, as an export is; the two models of it."""
+    clip = save_clip_folder(folder, CLIP_CONFIG)
+    vit = build_timm()
+    save_timm_folder(folder, vit)
+    return clip, vit
+
+
+def test_a_folder_is_cropped_for_alike_by_either_name(tmp_path: Path) -> None:
+    save_both_forms(tmp_path / "m")
+    forms = {load_model(f"{prefix}{tmp_path / 'm'}").input_format for prefix in ("", "open_clip:")}
+    assert {form.resize_size for form in forms} == {17}  # of timm's config.json
+
+
+def test_without_open_clip_the_backbone_of_a_text_model_still_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, vit = save_both_forms(tmp_path / "m")
+    assert load_model(tmp_path / "m").has_text
+    monkeypatch.setitem(__import__("sys").modules, "open_clip", None)
+    model = load_model(tmp_path / "m")
+    assert torch.equal(model.backbone(draw_images()), vit(draw_images()))
+    assert not model.has_text
+    assert "open_clip is not installed, so its text tower is left out" in caplog.text
 
 
 def test_open_clip_with_an_image_tower_of_timm(tmp_path: Path) -> None:
