@@ -26,7 +26,14 @@ SUBCOMMANDS = {
 """Words after the verb → module, options, help; a module is imported when its words are called."""
 
 
-_LISTS = ("protocols", "features", "knn.k", "robustness.corruptions", "robustness.severities")
+_LISTS = (
+    "protocols",
+    "features",
+    "linear.base_learning_rates",
+    "knn.k",
+    "robustness.corruptions",
+    "robustness.severities",
+)
 _WHOLE = ("[", "all", "null")
 
 
@@ -34,7 +41,7 @@ def main(args: list[str]) -> int:
     """Runs the verb, or one of its subcommands, on the words after it.
 
     Returns:
-        0; 1 if a requirement is not met, or `cache verify` finds damage.
+        0; 1 if a requirement is not met, a protocol has failed, or `cache verify` finds damage.
 
     Raises:
         UsageError: If the words cannot be understood.

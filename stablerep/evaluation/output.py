@@ -1,7 +1,7 @@
 """What an evaluation leaves in its folder.
 
-results.jsonl, predictions.npz    the scores, and what they were computed from
-run.json                          settings, times, what could not be read
+results.jsonl, predictions.npz    the scores, and what they were computed from, written as they come
+run.json                          the last command's settings and times, and what could not be read
 report.md, report.html            for people
 model-index.yml                   the scores as the Hugging Face hub reads them
 """
@@ -21,11 +21,11 @@ from stablerep import distributed
 from stablerep.evaluation.features import Features
 from stablerep.evaluation.knn import find_neighbours
 from stablerep.evaluation.plan import Plan, name_data
-from stablerep.evaluation.protocols import Evaluation
+from stablerep.evaluation.protocols import Evaluation, sort_rows
 from stablerep.evaluation.reporting import NeighbourRow, Picture, ReportContent, write_report
 from stablerep.evaluation.reporting.analysis import choose_queries, list_confusable_rows
 from stablerep.evaluation.reporting.model_index import build_model_index
-from stablerep.evaluation.results import Row, replace_file, write_results
+from stablerep.evaluation.results import Row, replace_file
 
 RUN_FILE, MODEL_INDEX_FILE = "run.json", "model-index.yml"
 RUN_SCHEMA_VERSION = 1
@@ -38,27 +38,22 @@ def write_output(
     rows: Sequence[Row],
     seconds: Mapping[str, float],
     command: str | None,
+    failures: Sequence[str] = (),
 ) -> ReportContent:
-    """Writes every file, the scores first, and returns what the report says.
+    """Writes every file but the scores themselves, and returns what the report says.
 
     Args:
         plan: What was done.
         evaluation: The features that were computed.
-        rows: The scores.
+        rows: The scores of the folder, those of earlier commands included.
         seconds: Step → seconds.
         command: What was run, if it was a command.
+        failures: Which protocols failed, and why, a line each.
 
     Raises:
         OSError: If a file cannot be written.
     """
-    write_results(
-        plan.folder,
-        rows,
-        plan.provenance,
-        evaluation.features["test"].names,
-        overwrite=plan.config.overwrite,
-    )
-    report = build_report(plan, evaluation, rows, seconds, command)
+    report = build_report(plan, evaluation, sort_rows(rows), seconds, command, failures)
     content = {
         "schema_version": RUN_SCHEMA_VERSION,
         "command": command,
@@ -69,7 +64,7 @@ def write_output(
     }
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     replace_file(plan.folder / RUN_FILE, text.encode())
-    index = build_model_index(rows, plan.provenance, model_name=Path(plan.provenance.model).name)
+    index = build_model_index(report.rows, plan.provenance, model_name=Path(plan.provenance.model).name)
     replace_file(plan.folder / MODEL_INDEX_FILE, index.encode())
     write_report(plan.folder, report, page=plan.config.report)
     return report
@@ -81,6 +76,7 @@ def build_report(
     rows: Sequence[Row],
     seconds: Mapping[str, float],
     command: str | None,
+    failures: Sequence[str] = (),
 ) -> ReportContent:
     """What the report says; the arguments are those of `write_output`."""
     test, dataset = evaluation.features["test"], plan.dataset
@@ -98,7 +94,7 @@ def build_report(
         facts=_list_facts(plan, evaluation),
         settings=asdict(plan.config),
         seconds={name: round(value, 3) for name, value in seconds.items()},
-        notes=_list_notes(plan, evaluation, rows),
+        notes=[*failures, *_list_notes(plan, evaluation, rows)],
         command=command,
         seed=plan.config.seed,
     )

@@ -15,12 +15,19 @@ from stablerep import __version__, distributed
 from stablerep.evaluation.cache.fingerprint import fingerprint_set
 from stablerep.evaluation.cache.store import FeatureCache
 from stablerep.evaluation.config import FEATURES, PROTOCOLS, EvaluateConfig
-from stablerep.evaluation.features import ExtractionSettings, describe_eval_transform
-from stablerep.evaluation.protocols import check_protocol, describe_limits, list_scores
+from stablerep.evaluation.extraction import ExtractionSettings
+from stablerep.evaluation.protocols import (
+    OptionError,
+    check_protocol,
+    describe_limits,
+    describe_settings,
+    list_scores,
+)
 from stablerep.evaluation.reporting import check_page_can_be_built
 from stablerep.evaluation.requirements import check_requirements, parse_requirement
 from stablerep.evaluation.results import Provenance, check_folder
 from stablerep.evaluation.sets import LabelledSet, read_labelled_set
+from stablerep.evaluation.transforms import describe_eval_transform
 from stablerep.loading import LoadedModel, load_model
 
 LIBRARIES = ("torch", "torchvision", "timm", "pillow", "numpy")
@@ -90,7 +97,12 @@ def make_plan(config: EvaluateConfig) -> Plan:
     dataset = read_labelled_set(config.data, config)
     protocols, notes = choose_protocols(config, model, dataset)
     feature_names = choose_features(config, model)
-    check_requirements(requirements, list_scores(config, dataset, protocols, feature_names))
+    scores = {
+        key: describe_settings(config, protocol)
+        for protocol in protocols
+        for key in list_scores(config, dataset, [protocol], feature_names)
+    }
+    check_requirements(requirements, list(scores))
     folder = name_output_folder(config)
     if not config.dry_run:
         folder.mkdir(parents=True, exist_ok=True)
@@ -100,7 +112,7 @@ def make_plan(config: EvaluateConfig) -> Plan:
     fingerprints = _find_fingerprints(dataset, cache, is_dry=config.dry_run)
     provenance = _describe_provenance(config, model, dataset, fingerprints)
     if not config.overwrite and not config.dry_run:
-        check_folder(folder, provenance)
+        check_folder(folder, provenance, scores)
     return Plan(
         config=config,
         model=model,
@@ -129,6 +141,8 @@ def choose_protocols(
     for protocol in PROTOCOLS if config.protocols == "all" else config.protocols:
         try:
             check_protocol(protocol, config, model, dataset)
+        except OptionError:
+            raise
         except ValueError as error:
             if config.protocols != "all":
                 raise

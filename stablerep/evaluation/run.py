@@ -4,6 +4,7 @@ import dataclasses
 import os
 import sys
 import time
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -11,16 +12,18 @@ import torch.distributed as dist
 
 from stablerep import distributed
 from stablerep.evaluation.cache.store import load_or_extract
-from stablerep.evaluation.config import PROTOCOLS, EvaluateConfig
+from stablerep.evaluation.config import EvaluateConfig
 from stablerep.evaluation.dry_run import describe_plan
 from stablerep.evaluation.features import Features
 from stablerep.evaluation.output import write_output
 from stablerep.evaluation.plan import Plan, find_device, make_plan
-from stablerep.evaluation.protocols import COLLECTIVE_PROTOCOLS, Evaluation, run_protocol
+from stablerep.evaluation.protocols import COLLECTIVE_PROTOCOLS, Evaluation, run_protocol, sort_rows
 from stablerep.evaluation.reporting.markdown import build_table
 from stablerep.evaluation.requirements import find_unmet, parse_requirement
-from stablerep.evaluation.results import Row
+from stablerep.evaluation.results import Row, write_results
 
+_FAILURES = (ValueError, OSError, MemoryError, torch.OutOfMemoryError)
+"""What may stop one protocol and leave the others whole; anything else is a fault of the program."""
 _TIMEOUT = timedelta(hours=12)
 """What a rank waits for another at most: rank 0 alone hashes a set's images and trains the linear heads."""
 
@@ -33,7 +36,7 @@ def run(config: EvaluateConfig, command: str | None = None) -> int:
         command: What the report says was run.
 
     Returns:
-        0; 1 if a requirement is not met.
+        0; 1 if a requirement is not met or a protocol has failed.
 
     Raises:
         ValueError: If the data, the model or an option is wrong; the message names it.
@@ -47,27 +50,95 @@ def run(config: EvaluateConfig, command: str | None = None) -> int:
     seconds = {"preparation": time.perf_counter() - start}
     evaluation = compute_features(plan)
     seconds["features"] = time.perf_counter() - start - seconds["preparation"]
-    rows: list[Row] = []
-    is_first = distributed.rank() == 0
-    # What all ranks take part in comes first; the rest is rank 0's, and the others leave.
-    for protocol in sorted(plan.protocols, key=lambda name: name not in COLLECTIVE_PROTOCOLS):
-        if is_first or protocol in COLLECTIVE_PROTOCOLS:
-            protocol_start = time.perf_counter()
-            rows += run_protocol(protocol, evaluation)
-            seconds[protocol] = time.perf_counter() - protocol_start
-    if not is_first:
+    done = run_protocols(plan, evaluation, seconds)
+    if distributed.rank() > 0:
         return 0
-    rows.sort(key=lambda row: next(i for i, name in enumerate(PROTOCOLS) if row.protocol.startswith(name)))
     seconds["total"] = time.perf_counter() - start
-    report = write_output(plan, evaluation, rows, seconds, command)
-    print(f"{report.title}\n\n{build_table(rows)}\n")
+    failures = [f"{protocol} failed: {error}" for protocol, error in done.failures.items()]
+    report = write_output(plan, evaluation, done.in_folder, seconds, command, failures)
+    print(f"{report.title}\n\n{build_table(sort_rows(done.rows))}\n")
     for note in report.notes:
         print(f"note: {note}")
     print(plan.folder)
-    unmet = find_unmet([parse_requirement(text) for text in config.require], rows)
+    for failure in failures:
+        print(f"stablerep evaluate: {failure}", file=sys.stderr)
+    unmet = _find_unmet(config, done)
     for miss in unmet:
         print(f"stablerep evaluate: not met: {miss}", file=sys.stderr)
-    return 1 if unmet else 0
+    return 1 if unmet or failures else 0
+
+
+@dataclass
+class Done:
+    """What the protocols gave, on rank 0.
+
+    Args:
+        rows: The scores of this run.
+        in_folder: All that the folder has, those of earlier commands included.
+        failures: Protocol → what stopped it.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    in_folder: tuple[Row, ...] = ()
+    failures: dict[str, BaseException] = field(default_factory=dict)
+
+
+def run_protocols(plan: Plan, evaluation: Evaluation, seconds: dict[str, float]) -> Done:
+    """Runs the protocols and writes the scores of each as soon as they are there.
+
+    A protocol that fails does not take the others with it, unless several ranks were in it.
+
+    Args:
+        plan: What to do.
+        evaluation: What the protocols have to work with.
+        seconds: Is given the time of each.
+
+    Raises:
+        ValueError: If the data or a setting is wrong, and there is no score of any protocol.
+        OSError: If the scores cannot be written.
+    """
+    done = Done()
+    is_first = distributed.rank() == 0
+    # What all ranks take part in comes first; the rest is rank 0's, and the others leave.
+    for protocol in sorted(plan.protocols, key=lambda name: name not in COLLECTIVE_PROTOCOLS):
+        is_shared = protocol in COLLECTIVE_PROTOCOLS and distributed.world_size() > 1
+        if not (is_first or is_shared):
+            continue
+        start = time.perf_counter()
+        try:
+            rows = run_protocol(protocol, evaluation)
+        except _FAILURES as error:
+            if is_shared:
+                raise
+            done.failures[protocol] = error
+            continue
+        finally:
+            seconds[protocol] = time.perf_counter() - start
+        if rows:
+            done.rows += rows
+            done.in_folder = write_results(
+                plan.folder,
+                rows,
+                plan.provenance,
+                evaluation.features["test"].names,
+                overwrite=plan.config.overwrite,
+            )
+    if is_first and not done.rows and done.failures:
+        raise next(iter(done.failures.values()))
+    return done
+
+
+def _find_unmet(config: EvaluateConfig, done: Done) -> list[str]:
+    """The requirements that are not reached; those on what has failed are not, either."""
+    unmet: list[str] = []
+    for requirement in map(parse_requirement, config.require):
+        try:
+            unmet += map(str, find_unmet([requirement], done.rows))
+        except ValueError:
+            if not done.failures:
+                raise
+            unmet.append(f"{requirement.text}: there is no such score")
+    return unmet
 
 
 def compute_features(plan: Plan) -> Evaluation:

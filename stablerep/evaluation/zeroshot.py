@@ -63,14 +63,9 @@ def embed_classes(
         ValueError: If there is no class, two classes have one name, a template is not of its form, or the
             embeddings are not [num_texts, E], finite and other than zero.
     """
-    if not class_names:
-        raise ValueError("class_names must be >= 1, got 0")
+    check_class_names(class_names)
     if num_texts_per_batch < 1:
         raise ValueError(f"num_texts_per_batch must be >= 1, got {num_texts_per_batch}")
-    words = [class_name_to_words(name) for name in class_names]
-    if len(set(words)) < len(words):
-        twice = next(name for name in words if words.count(name) > 1)
-        raise ValueError(f"class names must differ as words, got {twice!r} twice")
     prompts = [prompt for name in class_names for prompt in fill_templates(templates, name)]
     embeddings = []
     for start in range(0, len(prompts), num_texts_per_batch):
@@ -81,6 +76,20 @@ def embed_classes(
         embeddings.append(_normalize(encoded, "text embeddings"))
     means = torch.cat(embeddings).unflatten(0, (len(class_names), len(templates))).mean(dim=1)
     return _normalize(means, "mean text embeddings")
+
+
+def check_class_names(class_names: Sequence[str]) -> None:
+    """Refuses names that prompts cannot tell apart; to be called before the work, too.
+
+    Raises:
+        ValueError: If there is none, or two are the same words.
+    """
+    if not class_names:
+        raise ValueError("class_names must be >= 1, got 0")
+    words = [class_name_to_words(name) for name in class_names]
+    if len(set(words)) < len(words):
+        twice = next(name for name in words if words.count(name) > 1)
+        raise ValueError(f"class names must differ as words, got {twice!r} twice")
 
 
 def zero_shot_classify(image_embeddings: Tensor, class_embeddings: Tensor, labels: Tensor) -> ZeroShotResult:

@@ -9,25 +9,30 @@ checks.py       what a protocol needs of the model and the set, known before the
 scores.py       which scores it will give
 """
 
+import dataclasses
 from collections.abc import Callable
 
-from stablerep.evaluation.protocols.checks import check_protocol, describe_limits
+from stablerep.evaluation.protocols.checks import OptionError, check_protocol, describe_limits
 from stablerep.evaluation.protocols.evaluation import Evaluation
 from stablerep.evaluation.protocols.geometry import run_geometry
 from stablerep.evaluation.protocols.linear import run_linear
 from stablerep.evaluation.protocols.probes import run_fewshot, run_knn, run_logreg, run_ridge
 from stablerep.evaluation.protocols.robustness import run_robustness
-from stablerep.evaluation.protocols.scores import list_scores
+from stablerep.evaluation.protocols.rows import sort_rows
+from stablerep.evaluation.protocols.scores import describe_settings, list_scores
 from stablerep.evaluation.protocols.texts import run_retrieval, run_zeroshot
 from stablerep.evaluation.results import Row
 
 __all__ = [
     "COLLECTIVE_PROTOCOLS",
     "Evaluation",
+    "OptionError",
     "check_protocol",
     "describe_limits",
+    "describe_settings",
     "list_scores",
     "run_protocol",
+    "sort_rows",
 ]
 
 _PROTOCOLS: dict[str, Callable[[Evaluation], list[Row]]] = {
@@ -47,4 +52,5 @@ COLLECTIVE_PROTOCOLS = ("linear", "robustness", "zeroshot", "retrieval")
 
 def run_protocol(name: str, evaluation: Evaluation) -> list[Row]:
     """The rows of one protocol, on rank 0; of a collective one each rank calls it, and others get none."""
-    return _PROTOCOLS[name](evaluation)
+    settings = describe_settings(evaluation.config, name)
+    return [dataclasses.replace(row, settings=settings) for row in _PROTOCOLS[name](evaluation)]

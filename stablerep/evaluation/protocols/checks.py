@@ -6,16 +6,20 @@ from collections import Counter
 import torch
 
 from stablerep.evaluation.config import CLASS_PROTOCOLS, TEXT_PROTOCOLS, EvaluateConfig
-from stablerep.evaluation.corruptions import SMALLEST_SIDE
+from stablerep.evaluation.corruptions import IMAGENET_C_SIZE, SMALLEST_SIDE
 from stablerep.evaluation.fewshot import draw_episodes
-from stablerep.evaluation.prompts import read_templates
 from stablerep.evaluation.protocols.probes import choose_numbers_of_neighbours
+from stablerep.evaluation.protocols.scores import count_shared_captions
 from stablerep.evaluation.protocols.texts import read_class_names
 from stablerep.evaluation.sets import LabelledSet
+from stablerep.evaluation.zeroshot import check_class_names
 from stablerep.loading import LoadedModel
 
-IMAGENET_C_SIZE = 224
 _NUM_IMAGES_FOR_RIDGE = 5
+
+
+class OptionError(ValueError):
+    """What was given for a protocol is wrong, whatever the model and the set."""
 
 
 def check_protocol(protocol: str, config: EvaluateConfig, model: LoadedModel, dataset: LabelledSet) -> None:
@@ -23,6 +27,7 @@ def check_protocol(protocol: str, config: EvaluateConfig, model: LoadedModel, da
 
     Raises:
         FileNotFoundError: If a file that the protocol reads is missing.
+        OptionError: If an option of the protocol is wrong.
         ValueError: Names the protocol and what it lacks.
     """
     if protocol in TEXT_PROTOCOLS and not model.has_text:
@@ -66,10 +71,9 @@ def describe_limits(
     if protocol == "knn" and (left_out := [k for k in config.knn.k if k > num_train]):
         numbers = ", ".join(map(str, left_out))
         return [f"knn: no k of {numbers}, as there are {num_train} training images"]
-    if protocol == "geometry":
-        shared = Counter(image.caption_id for image in dataset.test if image.caption_id)
-        if sum(count > 1 for count in shared.values()) < 2:
-            return ["geometry: no alignment and no LiDAR, which need several images of the same captions"]
+    if protocol == "geometry" and (num_shared := count_shared_captions(dataset)) < 2:
+        lacks = "no LiDAR, which needs" if num_shared else "no alignment and no LiDAR, which need"
+        return [f"geometry: {lacks} several images of the same captions"]
     if protocol == "robustness" and (size := model.input_format.image_size) != IMAGENET_C_SIZE:
         return [
             f"robustness: at {size} pixels, not ImageNet-C's {IMAGENET_C_SIZE}, figures are not comparable "
@@ -84,8 +88,11 @@ def _check_zeroshot(config: EvaluateConfig, dataset: LabelledSet) -> None:
         raise ValueError(
             f"zeroshot needs one class an image, those of {dataset.name} {kinds[dataset.targets]}"
         )
-    read_class_names(config, dataset)
-    read_templates(config.zeroshot.templates)
+    try:
+        check_class_names(read_class_names(config, dataset))
+    except ValueError as error:
+        kind = ValueError if config.zeroshot.class_names is None else OptionError
+        raise kind(f"zeroshot: {error}") from error
 
 
 def _check_fewshot(config: EvaluateConfig, dataset: LabelledSet) -> None:

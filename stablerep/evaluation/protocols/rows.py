@@ -1,11 +1,11 @@
 """Rows that several protocols write."""
 
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
 
+from stablerep.evaluation.config import PROTOCOLS
 from stablerep.evaluation.results import Row
 from stablerep.evaluation.statistics import wilson_interval
 
@@ -40,17 +40,8 @@ def accuracy_row(
     )
 
 
-def mean_row(protocol: str, rows: Sequence[Row], start: float, hyperparameters: Mapping[str, Any]) -> Row:
-    """The mean of accuracies; without an interval, as they are of the same images."""
-    return Row(
-        protocol=protocol,
-        metric="accuracy",
-        value=sum(row.value for row in rows) / len(rows),
-        interval=None,
-        interval_method="",
-        n=sum(row.n for row in rows),
-        selection="none",
-        hyperparameters=hyperparameters,
-        feature="cls",
-        seconds=time.perf_counter() - start,
+def sort_rows(rows: Iterable[Row]) -> list[Row]:
+    """In the order of `PROTOCOLS`, and as they come within one."""
+    return sorted(
+        rows, key=lambda row: next(i for i, name in enumerate(PROTOCOLS) if row.protocol.startswith(name))
     )

@@ -1,26 +1,40 @@
 """Which scores an evaluation will give, so that requirements on others are refused before the work."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
 
 from stablerep.evaluation.config import EvaluateConfig
 from stablerep.evaluation.protocols.probes import choose_numbers_of_neighbours, name_fewshot
+from stablerep.evaluation.protocols.robustness import list_means
 from stablerep.evaluation.protocols.texts import JOINT_FEATURE, RETRIEVAL_RANKS
 from stablerep.evaluation.requirements import ScoreKey
 from stablerep.evaluation.sets import LabelledSet
 
-_GEOMETRY = ("alignment", "lidar", "uniformity", "rankme")
+_SHARED_SETTINGS = ("precision", "storage", "seed")
+_IN_THE_NAME = ("knn.k",)
+_MANY = 5  # classes, up to which the right one is always among the first five
 
 
 def list_scores(
     config: EvaluateConfig, dataset: LabelledSet, protocols: Sequence[str], feature_names: Sequence[str]
 ) -> list[ScoreKey]:
-    """Protocol, metric and feature of each row to come; a small set may lack some of them."""
+    """Protocol, metric and feature of each row to come."""
     scores: list[ScoreKey] = []
     for protocol in protocols:
         features = _list_features(protocol, feature_names)
         for name, metric in _list_names(protocol, config, dataset):
             scores += [(name, metric, feature) for feature in features]
     return scores
+
+
+def describe_settings(config: EvaluateConfig, protocol: str) -> dict[str, Any]:
+    """The options that the scores of a protocol depend on, such as `linear.num_epochs`, beside the data's."""
+    own = asdict(getattr(config, protocol)) if hasattr(config, protocol) else {}
+    named = {f"{protocol}.{name}": value for name, value in own.items()}
+    shared = {name: getattr(config, name) for name in _SHARED_SETTINGS}
+    return {name: value for name, value in (named | shared).items() if name not in _IN_THE_NAME}
 
 
 def _list_features(protocol: str, feature_names: Sequence[str]) -> Sequence[str]:
@@ -45,21 +59,40 @@ def _list_names(protocol: str, config: EvaluateConfig, dataset: LabelledSet) -> 
     elif protocol == "fewshot":
         yield name_fewshot(config.fewshot), "accuracy"
     elif protocol == "zeroshot":
-        yield from (("zeroshot", metric) for metric in ("accuracy", "top5_accuracy"))
+        yield "zeroshot", "accuracy"
+        if len(dataset.classes) > _MANY:
+            yield "zeroshot", "top5_accuracy"
     elif protocol == "retrieval":
         for direction in ("image_to_text", "text_to_image"):
             yield from ((f"retrieval_{direction}", f"recall@{k}") for k in RETRIEVAL_RANKS)
     elif protocol == "geometry":
-        yield from (("geometry", metric) for metric in _GEOMETRY)
+        yield from (("geometry", metric) for metric in _list_geometry(dataset))
     elif protocol == "robustness":
         yield from _list_robustness(config)
     else:
         yield protocol, "accuracy"
 
 
+def count_shared_captions(dataset: LabelledSet) -> int:
+    """Captions that several test images have: alignment needs one, LiDAR two."""
+    counts = Counter(image.caption_id for image in dataset.test if image.caption_id)
+    return sum(count > 1 for count in counts.values())
+
+
+def _list_geometry(dataset: LabelledSet) -> Iterator[str]:
+    num_shared = count_shared_captions(dataset)
+    if num_shared >= 1:
+        yield "alignment"
+    if num_shared >= 2:
+        yield "lidar"
+    if len(dataset.test) > 1:
+        yield "uniformity"
+    yield "rankme"
+
+
 def _list_robustness(config: EvaluateConfig) -> Iterator[tuple[str, str]]:
-    yield "robustness", "accuracy"
     yield "robustness_clean", "accuracy"
+    yield from ((name, "accuracy") for name in list_means(config.robustness))
     for corruption in config.robustness.corruptions:
         yield f"robustness_{corruption}", "accuracy"
         for severity in config.robustness.severities:

@@ -61,8 +61,13 @@ def list_notes(content: ReportContent) -> list[str]:
         )
     if methods := list(dict.fromkeys(row.interval_method for row in content.rows if row.interval_method)):
         notes.append(
-            f"Intervals: {'; '.join(methods)}. They are over test examples, for one set of weights; another "
-            "training gives other weights."
+            f"Intervals: {'; '.join(methods)}. They are for one set of weights; another training gives other "
+            "weights."
+        )
+    if any(row.protocol.startswith("fewshot") for row in content.rows):
+        notes.append(
+            "Few-shot intervals are over episodes of the same test images: they say how exactly these images "
+            "were measured, not what others would give."
         )
     return [*notes, *content.notes]
 

@@ -89,7 +89,8 @@ def write_results(
         overwrite: Replace scores of other settings, too, and all results of another run.
 
     Returns:
-        All scores that the folder now has, in the order in which they were first written.
+        All scores that the folder now has, in the order in which they were first written; names are only
+        with those of other examples than these.
 
     Raises:
         ValueError: If there is no row, two rows cannot be told apart, predictions are not as many as the
@@ -101,9 +102,8 @@ def write_results(
         raise ValueError("there are no rows to write")
     new = {row.key: Record(row, provenance) for row in rows}
     records = _read_earlier(folder, new, provenance, overwrite=overwrite) | new
-    kept = [record.row for key, record in records.items() if key not in new]
-    together = [*rows, *(_share_names(row, names) for row in kept)]
-    arrays, keys = collect_arrays(together, names)
+    kept = [_share_names(record.row, names) for key, record in records.items() if key not in new]
+    arrays, keys = collect_arrays([*rows, *kept], names)
     lines = [
         write_line(
             record.row, record.provenance, found, None if found is None else digest_arrays(arrays, found)
@@ -114,7 +114,8 @@ def write_results(
     # Predictions first: a kill between the two leaves lines whose arrays are there, or are seen to be others.
     replace_file(folder / PREDICTIONS_FILE, pack_arrays(arrays))
     replace_file(folder / RESULTS_FILE, "".join(lines).encode())
-    return tuple(record.row for record in records.values())
+    together = {row.key: row for row in [*rows, *kept]}
+    return tuple(together[key] for key in records)
 
 
 def read_records(path: str | Path) -> list[Record]:

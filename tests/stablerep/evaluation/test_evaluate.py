@@ -3,13 +3,16 @@
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List
 from scipy.stats import binomtest
@@ -19,11 +22,14 @@ from sklearn.neighbors import KNeighborsClassifier
 from stablerep.arguments import set_parsing_rules
 from stablerep.backbones import add_backbone_to_checkpoint, build_backbone
 from stablerep.cli import main, parse_config
+from stablerep.evaluation import protocols
 from stablerep.evaluation.cache import store
 from stablerep.evaluation.config import PROTOCOLS, EvaluateConfig, KnnConfig
 from stablerep.evaluation.evaluate import complete_lists
+from stablerep.evaluation.protocols import Evaluation
 from stablerep.evaluation.results import Row, read_results
 from stablerep.loading import LoadedModel, load_model
+from stablerep.loading.model import EvaluationTransform
 from stablerep.text import TextConfig
 from tests.stablerep.datasets import write_dataset
 from tests.stablerep.evaluation.evaluating import QUICK, evaluate, read_run, values_of
@@ -302,13 +308,19 @@ def test_zero_shot_takes_names_of_classes_from_the_set_or_a_file(
     (row,) = results.rows
     model = load_model(text_checkpoint)
     classes = model.encode_texts([f"a photo of a {name}." for name in ("blue", "green", "red")])
+    images = [PIL.Image.open(path) for path in sorted((data / "test").glob("*/*.png"))]
+    transform = EvaluationTransform(model.input_format)
+    with torch.no_grad():
+        embedded = model.encode_images(torch.stack([transform(image) for image in images]))
+    similarities = F.normalize(embedded, dim=1) @ F.normalize(classes, dim=1).T
     assert row.predictions is not None
+    assert row.predictions.tolist() == similarities.argmax(dim=1).tolist()
     assert row.value == (row.predictions == row.targets).mean()
     assert row.feature == "image_text"
     names = tmp_path / "names.txt"
     names.write_text("red\ngreen\nblue\n")
     option = f"--zeroshot.class_names={names}"
-    turned = evaluate(text_checkpoint, data, tmp_path / "out", "--protocols=[zeroshot]", option).rows[0]
+    turned = evaluate(text_checkpoint, data, tmp_path / "turned", "--protocols=[zeroshot]", option).rows[0]
     assert turned.predictions is not None
     assert np.array_equal(turned.predictions, 2 - row.predictions)
     assert not torch.equal(classes[0], classes[2])  # else the turn would not show
@@ -322,6 +334,61 @@ def test_shards_and_the_exact_protocol_run(checkpoint: Path, shards: Path, tmp_p
     results = evaluate(checkpoint, shards, tmp_path / "out", "--linear.num_views=null")
     assert read_run(tmp_path / "out")["facts"]["data"]["images"] == {"train": 12, "test": 6}
     assert results.rows[0].hyperparameters["views_cached"] is None
+
+
+# --- what goes wrong on the way
+
+
+@pytest.mark.e2e
+def test_a_protocol_that_fails_leaves_the_scores_of_the_others(
+    checkpoint: Path,
+    write_folders: WriteFolders,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(evaluation: Evaluation) -> list[Row]:
+        assert [row.protocol for row in read_results(tmp_path / "out").rows] == ["knn5"]  # already written
+        raise torch.OutOfMemoryError("no memory is left")
+
+    monkeypatch.setitem(protocols._PROTOCOLS, "ridge", fail)
+    data = write_folders(train=6, test=4)
+    options = ("--protocols=[knn, ridge, geometry]", "--require=ridge>=0")
+    results = evaluate(checkpoint, data, tmp_path / "out", *options, code=1)
+    assert {row.protocol for row in results.rows} == {"knn5", "geometry"}
+    assert "ridge failed: no memory is left" in read_run(tmp_path / "out")["notes"]
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("stablerep")]
+    assert errors == [
+        "stablerep evaluate: ridge failed: no memory is left",
+        "stablerep evaluate: not met: ridge>=0: there is no such score",
+    ]
+    monkeypatch.undo()
+    results = evaluate(checkpoint, data, tmp_path / "out", "--protocols=[ridge]")
+    assert {row.protocol for row in results.rows} == {"knn5", "geometry", "ridge"}
+
+
+@pytest.mark.e2e
+def test_later_commands_add_to_the_scores_of_the_folder(
+    checkpoint: Path, write_folders: WriteFolders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = write_folders(train=6, test=4), tmp_path / "out"
+    linear = evaluate(checkpoint, data, out, "--protocols=[linear]").rows
+    evaluate(checkpoint, data, out, "--protocols=[knn]")
+    results = evaluate(checkpoint, data, out, "--protocols=[knn]", "--features=[cls, patch_mean]")
+    assert [row.key for row in results.rows] == [
+        *(row.key for row in linear),
+        ("knn5", "accuracy", "cls"),
+        ("knn5", "accuracy", "patch_mean"),
+    ]
+    assert list(results.rows[: len(linear)]) == list(linear)
+    for name in ("report.md", "model-index.yml"):
+        assert "linear_bn_heldout" in (out / name).read_text(), name
+    capsys.readouterr()
+    words = ["evaluate", f"--checkpoint={checkpoint}", f"--data={data}", f"--output={out}", *QUICK]
+    assert main([*words, "--protocols=[linear]", "--linear.num_epochs=4"]) == 1
+    told = "linear_paper accuracy of cls with linear.num_epochs was 3, now 4: name another folder"
+    assert told in capsys.readouterr().err
+    assert list(read_results(out).rows) == list(results.rows)
 
 
 # --- weights
@@ -512,6 +579,20 @@ def test_a_single_value_is_a_list_of_one(words: list[str], expected: dict[str, A
     words = complete_lists(["--checkpoint=a.ckpt", "--data=b", *words])
     config = parse_config(EvaluateConfig, words, prog="stablerep evaluate", description="an evaluation")
     assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_every_option_that_takes_a_list_takes_a_single_value() -> None:
+    def list_options(kind: type, prefix: str = "") -> Iterator[str]:
+        for name, hint in get_type_hints(kind).items():
+            if is_dataclass(hint):
+                yield from list_options(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
+            elif {list, tuple} & {get_origin(part) for part in (hint, *get_args(hint))}:
+                yield f"{prefix}{name}"
+
+    options = set(list_options(EvaluateConfig))
+    assert {"require", "protocols", "knn.k"} <= options
+    for option in options - {"require"}:
+        assert complete_lists([f"--{option}", "1"]) == [f"--{option}=[1]"]
 
 
 def test_an_option_without_its_value_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

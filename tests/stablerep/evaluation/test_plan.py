@@ -67,8 +67,12 @@ def files_of(root: Path) -> dict[Path, int]:
             r"knn1 has several features, name one: knn1\[cls\], knn1\[patch_mean\]",
         ),
         (
+            {"require": ["geometry.alignment>=1"], "protocols": ["geometry"]},
+            "geometry has no metric 'alignment'; it has uniformity, rankme",
+        ),
+        (
             {"require": ["geometry>=1"], "protocols": ["geometry"]},
-            "geometry has several metrics, name one: geometry.alignment",
+            "geometry has several metrics, name one: geometry.uniformity, geometry.rankme",
         ),
     ],
 )
@@ -303,7 +307,7 @@ def test_a_feature_that_is_not_finite_stops_the_run_and_names_the_image(
     checkpoint: Path, write_folders: WriteFolders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     content = torch.load(checkpoint, weights_only=True)
-    content["state_dict"]["backbone.norm.bias"][3] = float("nan")
+    content["state_dict"]["backbone.norm.weight"][3] = 3e38  # finite, and the product is not
     torch.save(content, checkpoint)
     data = write_folders(train=4, test=2)
     words = [f"--checkpoint={checkpoint}", f"--data={data}", f"--output={tmp_path / 'out'}"]
