@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from stablerep.backbones import add_backbone_to_checkpoint, build_backbone, load_backbone
 from stablerep.cli import main
-from stablerep.evaluation.features import build_eval_transform
+from stablerep.evaluation.transforms import build_eval_transform
 from stablerep.evaluation.results import read_results
 from stablerep.evaluation.sets import LabelledImage, read_labelled_set
 

@@ -20,9 +20,9 @@ Perturbations" (ICLR 2019), arXiv 1903.12261; its public code (hendrycks/robustn
 import hashlib
 import io
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from PIL import Image
 from torch import Tensor
 
 SEVERITIES = (1, 2, 3, 4, 5)
+IMAGENET_C_SIZE = 224  # the side of its images, pixels
 SMALLEST_SIDE = 32  # the widest border that a filter reflects is 12 pixels
 
 # Constants by severity, 1 to 5.
@@ -99,44 +100,6 @@ def corrupt(image: Tensor, corruption: str, severity: int, *, image_name: str, s
     changed = _FUNCTIONS[corruption](pixels.float() / 255, severity - 1, random)
     levels = (changed.clamp(0, 1) * 255).round().to(torch.uint8)
     return levels if channels_first else levels.permute(1, 2, 0).contiguous()
-
-
-class CorruptionSummary(NamedTuple):
-    """What `summarize_corruptions` returns; fractions.
-
-    Attributes:
-        by_corruption: Mean over the five severities of each corruption.
-        mean: Mean over the corruptions, those of `NOT_COMPARABLE` among them.
-        comparable_mean: Mean over the corruptions that can be compared with published figures.
-    """
-
-    by_corruption: dict[str, float]
-    mean: float
-    comparable_mean: float
-
-
-def summarize_corruptions(accuracies: Mapping[tuple[str, int], float]) -> CorruptionSummary:
-    """Mean accuracies; they are not divided by AlexNet's, so this is not mCE.
-
-    Args:
-        accuracies: (corruption, severity) to accuracy, for all fifteen at all five severities.
-
-    Raises:
-        ValueError: If one is missing or unknown.
-    """
-    expected = {(corruption, severity) for corruption in CORRUPTIONS for severity in SEVERITIES}
-    if different := sorted(expected ^ set(accuracies)):
-        corruption, severity = different[0]
-        raise ValueError(
-            f"accuracies must be of {len(expected)} corruptions and severities, got {len(accuracies)} "
-            f"(first that differs: {corruption} {severity})"
-        )
-    means = {
-        corruption: sum(accuracies[corruption, severity] for severity in SEVERITIES) / len(SEVERITIES)
-        for corruption in CORRUPTIONS
-    }
-    comparable = [mean for corruption, mean in means.items() if corruption not in NOT_COMPARABLE]
-    return CorruptionSummary(means, sum(means.values()) / len(means), sum(comparable) / len(comparable))
 
 
 def _gaussian_noise(x: Tensor, level: int, random: Random) -> Tensor:

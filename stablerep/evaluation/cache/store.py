@@ -32,20 +32,15 @@ from stablerep.evaluation.cache.files import (
     temporary_name,
     verify_file,
 )
-from stablerep.evaluation.features import (
-    ExtractionSettings,
-    FeatureModel,
-    Features,
-    ImageChange,
-    TextModel,
-    check_error_budget,
-    describe_eval_transform,
-    embed_texts,
-    extract_features,
-)
-from stablerep.evaluation.sets.labelled import LabelledSet
+from stablerep.evaluation.extraction import ExtractionSettings, TextModel, check_error_budget, embed_texts
+from stablerep.evaluation.features import FeatureModel, Features, extract_changed_features
+from stablerep.evaluation.sets.labelled import LabelledImage, LabelledSet
+from stablerep.evaluation.transforms import ImageChange, describe_eval_transform
 
 logger = logging.getLogger(__name__)
+
+_Place = tuple[int, str]
+"""Number of a change and name of a feature."""
 
 TEXT_FEATURE = "text"
 _LIBRARIES = ("torch", "torchvision", "pillow")
@@ -277,7 +272,6 @@ def load_or_extract(
     fingerprint: str,
     *,
     feature_names: Sequence[str] | None = None,
-    change: ImageChange | None = None,
 ) -> Features | None:
     """Features of a split, those that the cache has from there. With ranks, each of them calls it.
 
@@ -289,7 +283,6 @@ def load_or_extract(
         cache: Where features are kept; None keeps none. Rank 0's is used.
         fingerprint: Of the split, from `fingerprint_set`, on rank 0; not read without a cache.
         feature_names: Those of the model's features that are asked for; None asks for all.
-        change: What else is done with each image.
 
     Returns:
         The features on rank 0, None on the others.
@@ -297,34 +290,103 @@ def load_or_extract(
     Raises:
         ValueError: As `extract_features`; the error budget holds for cached features too.
     """
+    found = load_or_extract_changed(
+        model, dataset, split, settings, cache, fingerprint, [None], feature_names=feature_names
+    )
+    return None if found is None else found[0]
+
+
+def load_or_extract_changed(
+    model: CacheableModel,
+    dataset: LabelledSet,
+    split: str,
+    settings: ExtractionSettings,
+    cache: FeatureCache | None,
+    fingerprint: str,
+    changes: Sequence[ImageChange | None],
+    *,
+    feature_names: Sequence[str] | None = None,
+) -> list[Features] | None:
+    """Features of a split under several changes, which are all of the same images.
+
+    What the cache lacks is computed in one pass that decodes each image once.
+
+    Args:
+        model: As for `load_or_extract`.
+        dataset: The set.
+        split: Name of the split.
+        settings: How to compute.
+        cache: Where features are kept.
+        fingerprint: Of the split.
+        changes: What else is done with each image, at least one; None leaves it as it is.
+        feature_names: As for `load_or_extract`.
+
+    Returns:
+        The features for each change on rank 0, None on the others.
+
+    Raises:
+        ValueError: As for `load_or_extract`.
+    """
     images = dataset.splits[split]
     asked = tuple(model.feature_names if feature_names is None else feature_names)
-    found: dict[str, Features] = {}
+    found: dict[_Place, Features] = {}
     if cache is not None and distributed.rank() == 0:
-        keys = build_keys(model, settings, fingerprint, asked, change)
-        found = {name: kept for name, key in keys.items() if (kept := cache.load(key)) is not None}
-    missing: list[str] = distributed.all_gather_objects([name for name in asked if name not in found])[0]
-    extracted = None
-    if missing:
-        extracted = _extract(model, dataset, split, settings, cache, missing, change)
-        # An image that could not be read then and can now: all features have to be of the same images.
-        others = [] if extracted is None else [n for n, f in found.items() if f.names != extracted.names]
-        others = distributed.all_gather_objects(others)[0]
-        if others:
-            extracted = _extract(model, dataset, split, settings, cache, asked, change)
+        found = _load(cache, model, images, settings, fingerprint, asked, changes)
+    for _ in range(2):
+        # An image that could not be read for some of them and could for others: all are computed anew.
+        if len({(features.names, features.digest) for features in found.values()}) > 1:
             found = {}
-    if distributed.rank() == 0:
-        parts = [*found.values(), *([] if extracted is None else [extracted])]
-        values = {name: value for part in parts for name, value in part.values.items()}
-        features = dataclasses.replace(parts[-1], values={name: values[name] for name in asked})
+        lacking = [(c, name) for c in range(len(changes)) for name in asked if (c, name) not in found]
+        missing: list[_Place] = distributed.all_gather_objects(lacking)[0]
+        if not missing:
+            break
+        found |= _extract(model, dataset, split, settings, cache, missing, changes)
     error = None
-    if distributed.rank() == 0 and not missing:
+    if distributed.rank() == 0:
         try:
-            check_error_budget(features.unreadable, len(images), settings.error_budget_fraction, split)
+            unreadable = next(iter(found.values())).unreadable
+            check_error_budget(unreadable, len(images), settings.error_budget_fraction, split)
         except ValueError as caught:
             error = caught
     distributed.raise_together(error)
-    return features if distributed.rank() == 0 else None
+    if distributed.rank() != 0:
+        return None
+    return [
+        dataclasses.replace(
+            found[number, asked[0]], values={name: found[number, name].values[name] for name in asked}
+        )
+        for number in range(len(changes))
+    ]
+
+
+def _load(
+    cache: FeatureCache,
+    model: CacheableModel,
+    images: Sequence[LabelledImage],
+    settings: ExtractionSettings,
+    fingerprint: str,
+    asked: Sequence[str],
+    changes: Sequence[ImageChange | None],
+) -> dict[_Place, Features]:
+    """What the cache has; nothing if an image that was left out there can be read now."""
+    found: dict[_Place, Features] = {}
+    for number, change in enumerate(changes):
+        for name, key in build_keys(model, settings, fingerprint, asked, change).items():
+            if (features := cache.load(key)) is not None:
+                found[number, name] = features
+    for names in {features.names for features in found.values() if features.unreadable}:
+        kept = set(names)
+        if any(_is_readable(image) for image in images if image.name not in kept):
+            return {}
+    return found
+
+
+def _is_readable(image: LabelledImage) -> bool:
+    try:
+        image.decode(image.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _extract(
@@ -333,24 +395,29 @@ def _extract(
     split: str,
     settings: ExtractionSettings,
     cache: FeatureCache | None,
-    names: Sequence[str],
-    change: ImageChange | None,
-) -> Features | None:
+    missing: Sequence[_Place],
+    changes: Sequence[ImageChange | None],
+) -> dict[_Place, Features]:
     """Computes features and keeps them under what was read, should that have changed since it was hashed."""
-    features = extract_features(
+    numbers = sorted({number for number, _ in missing})
+    names = list(dict.fromkeys(name for _, name in missing))
+    extracted = extract_changed_features(
         model,
         dataset.splits[split],
         dataset,
         settings,
+        [changes[number] for number in numbers],
         description=f"{split} features",
         feature_names=names,
-        change=change,
     )
-    if features is not None and cache is not None:
-        description = {"model": model.name, "data": dataset.name, "split": split}
-        for key in build_keys(model, settings, features.digest, names, change).values():
-            cache.save(key, features, description)
-    return features
+    found: dict[_Place, Features] = {}
+    description = {"model": model.name, "data": dataset.name, "split": split}
+    for number, features in zip(numbers, extracted or [], strict=False):
+        for name, key in build_keys(model, settings, features.digest, names, changes[number]).items():
+            found[number, name] = features
+            if cache is not None:
+                cache.save(key, features, description)
+    return found
 
 
 def load_or_embed_texts(

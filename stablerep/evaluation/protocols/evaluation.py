@@ -7,7 +7,8 @@ from torch import Tensor
 
 from stablerep.evaluation.cache.store import FeatureCache
 from stablerep.evaluation.config import EvaluateConfig
-from stablerep.evaluation.features import ExtractionSettings, Features
+from stablerep.evaluation.extraction import ExtractionSettings
+from stablerep.evaluation.features import Features
 from stablerep.evaluation.sets import LabelledSet
 from stablerep.loading import LoadedModel
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from stablerep.evaluation.features import ExtractionSettings
+from stablerep.evaluation.extraction import ExtractionSettings
 from tests.stablerep.evaluation.fake_model import FakeModel
 
 COLOURS = {"blue": (30, 60, 200), "green": (40, 180, 60), "red": (200, 40, 30)}

@@ -16,7 +16,6 @@ from stablerep.evaluation.corruptions import (
     NOT_COMPARABLE,
     SEVERITIES,
     corrupt,
-    summarize_corruptions,
 )
 
 
@@ -339,22 +338,6 @@ def test_fog_surface_fills_its_range_and_grows_rougher_with_less_decay() -> None
     assert roughness(3.0) < roughness(2.0) < roughness(1.4)
     black = corrupt(grey(0), "fog", 5, image_name="a")
     assert int(black.max()) == 0  # the formula scales by the largest value
-
-
-def test_summary_is_the_mean_over_corruptions_with_and_without_frost() -> None:
-    accuracies = {
-        (corruption, severity): (0.0 if corruption == "frost" else 0.75) + severity / 100
-        for corruption in CORRUPTIONS
-        for severity in SEVERITIES
-    }
-    summary = summarize_corruptions(accuracies)
-    assert summary.by_corruption["fog"] == pytest.approx(0.78)
-    assert summary.by_corruption["frost"] == pytest.approx(0.03)
-    assert summary.comparable_mean == pytest.approx(0.78)
-    assert summary.mean == pytest.approx((14 * 0.78 + 0.03) / 15)
-    del accuracies["fog", 3]
-    with pytest.raises(ValueError, match=r"accuracies must be of 75 .*got 74 \(first that differs: fog 3\)"):
-        summarize_corruptions(accuracies)
 
 
 def test_arguments_out_of_bounds_are_refused() -> None:

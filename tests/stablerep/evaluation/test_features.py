@@ -5,6 +5,7 @@ import os
 import re
 import resource
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,17 @@ from torch import Tensor, nn
 from torchvision import transforms
 
 from stablerep.backbones import build_backbone
+from stablerep.evaluation.extraction import ExtractionSettings, embed_texts
 from stablerep.evaluation.features import (
-    ExtractionSettings,
     FeatureModel,
     Features,
-    ImageChange,
     ViewFeatures,
-    build_eval_transform,
-    describe_eval_transform,
-    embed_texts,
     extract_augmented_features,
+    extract_changed_features,
     extract_features,
 )
 from stablerep.evaluation.sets import LabelledImage, LabelledSet, read_labelled_set
+from stablerep.evaluation.transforms import ImageChange, build_eval_transform, describe_eval_transform
 from stablerep.loading.model import InputFormat, LoadedModel
 from tests.stablerep.evaluation.fake_model import FakeModel
 from tests.stablerep.ranks import run_on_ranks
@@ -55,6 +54,18 @@ def extract(
     features = extract_features(model, images, dataset, settings, description="train features", **options)
     assert features is not None
     return features
+
+
+def extract_changed(
+    model: FeatureModel,
+    images: Sequence[LabelledImage],
+    settings: ExtractionSettings,
+    changes: Sequence[ImageChange | None],
+) -> list[Features]:
+    dataset = LabelledSet("x", "classes", ("blue", "green", "red"), tuple(images), (), tuple(images))
+    found = extract_changed_features(model, images, dataset, settings, changes, description="x")
+    assert found is not None
+    return found
 
 
 def extract_views(
@@ -315,14 +326,39 @@ def test_a_change_is_made_to_what_the_model_sees(
 ) -> None:
     settings = dataclasses.replace(settings, num_workers=num_workers)
     plain = extract(model, images, settings)
-    changed = extract(model, images, settings, change=ImageChange("inverted", invert))
+    unchanged, changed = extract_changed(model, images, settings, [None, ImageChange("inverted", invert)])
     before, after = (features.values["patch_mean"] for features in (plain, changed))
-    assert torch.equal(after[1], before[1])
+    torch.testing.assert_close(unchanged.values["patch_mean"], before)
+    torch.testing.assert_close(after[1], before[1])
     # Means of pixels that are normalised by (x − ½) / ¼ change their sign.
     torch.testing.assert_close(after[2:], -before[2:])
     assert changed.digest == plain.digest
     format_ = model.input_format
     assert "inverted" in describe_eval_transform(format_, ImageChange("inverted", invert))
+
+
+def test_changes_are_made_to_one_decoded_image(
+    model: FakeModel, images: Images, settings: ExtractionSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[str] = []
+    original = LabelledImage.decode
+
+    def spy(image: LabelledImage, data: bytes) -> Image.Image:
+        decoded.append(image.name)
+        return original(image, data)
+
+    monkeypatch.setattr(LabelledImage, "decode", spy)
+    changes = [ImageChange(f"{shift} darker", partial(darken, shift=shift)) for shift in range(1, 21)]
+    found = extract_changed(model, images, settings, changes)  # more changes than images in a batch
+    assert decoded == [image.name for image in images]
+    for change, features in zip(changes, found, strict=True):
+        (alone,) = extract_changed(model, images, settings, [change])
+        for name, values in alone.values.items():
+            torch.testing.assert_close(features.values[name], values)
+
+
+def darken(image: Tensor, name: str, *, shift: int) -> Tensor:
+    return image - image.clamp(max=shift)
 
 
 def test_captions_are_numbered_by_their_first_image(

@@ -17,7 +17,8 @@ from PIL import Image
 
 from stablerep.evaluation.cache import fingerprint
 from stablerep.evaluation.cache.fingerprint import KnownDigests, digest_contents, fingerprint_set
-from stablerep.evaluation.features import ExtractionSettings, extract_features
+from stablerep.evaluation.extraction import ExtractionSettings
+from stablerep.evaluation.features import extract_features
 from stablerep.evaluation.sets import LabelledImage, LabelledSet, read_labelled_set
 from stablerep.evaluation.sets.hugging_face import TableRow
 from stablerep.evaluation.sets.labelled import build_set

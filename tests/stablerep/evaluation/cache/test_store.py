@@ -2,17 +2,19 @@
 
 import dataclasses
 import errno
+import hashlib
 import json
 import os
 import resource
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 
 from stablerep.evaluation.cache import store
@@ -24,9 +26,13 @@ from stablerep.evaluation.cache.store import (
     build_keys,
     load_or_embed_texts,
     load_or_extract,
+    load_or_extract_changed,
 )
-from stablerep.evaluation.features import ExtractionSettings, Features, ImageChange
-from stablerep.evaluation.sets import LabelledSet, read_labelled_set
+from stablerep.evaluation.extraction import ExtractionSettings
+from stablerep.evaluation.features import Features
+from stablerep.evaluation.sets import LabelledImage, LabelledSet, read_labelled_set
+from stablerep.evaluation.sets.labelled import FileRange
+from stablerep.evaluation.transforms import ImageChange
 from stablerep.loading.model import InputFormat
 from tests.stablerep.datasets import write_dataset
 from tests.stablerep.evaluation.fake_model import FakeModel
@@ -57,6 +63,19 @@ def load(
     features = load_or_extract(model, dataset, "train", settings, cache, fingerprint, **options)
     assert features is not None
     return features
+
+
+def load_changed(
+    model: FakeModel,
+    dataset: LabelledSet,
+    settings: ExtractionSettings,
+    cache: FeatureCache | None,
+    changes: Sequence[ImageChange | None],
+) -> list[Features]:
+    fingerprint = fingerprint_set(dataset, None)["train"]
+    found = load_or_extract_changed(model, dataset, "train", settings, cache, fingerprint, changes)
+    assert found is not None
+    return found
 
 
 def assert_equal(found: Features, expected: Features) -> None:
@@ -148,12 +167,45 @@ def test_features_of_anything_else_are_never_used(
     if changed == "label":
         train = (*dataset.train[:4], dataclasses.replace(image, labels=(2,)), *dataset.train[5:])
         dataset = dataclasses.replace(dataset, train=train)
-    options = {"change": ImageChange("darker", darken)} if changed == "change" else {}
-    expected = load(model, dataset, settings, None, **options)
+    change = [ImageChange("darker", darken)] if changed == "change" else [None]
+    (expected,) = load_changed(model, dataset, settings, None, change)
     model.num_images = 0
-    assert_equal(load(model, dataset, settings, cache, **options), expected)
+    (found,) = load_changed(model, dataset, settings, cache, change)
+    assert_equal(found, expected)
     assert model.num_images == NUM_IMAGES
     assert len(list_files(cache.folder)) == 4
+
+
+def test_what_the_cache_lacks_of_several_changes_is_computed_from_one_decoded_image(
+    dataset: LabelledSet,
+    settings: ExtractionSettings,
+    cache: FeatureCache,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    darker, negative = ImageChange("darker", darken), ImageChange("negative", invert)
+    expected = [load_changed(FakeModel(), dataset, settings, None, [c])[0] for c in (None, darker, negative)]
+    load_changed(FakeModel(), dataset, settings, cache, [darker])
+    decoded: list[str] = []
+    original = LabelledImage.decode
+
+    def spy(image: LabelledImage, data: bytes) -> Image.Image:
+        decoded.append(image.name)
+        return original(image, data)
+
+    monkeypatch.setattr(LabelledImage, "decode", spy)
+    for num_views, num_decoded in ((2, NUM_IMAGES), (0, 0)):
+        decoded.clear()
+        model = FakeModel()
+        found = load_changed(model, dataset, settings, cache, [None, darker, negative])
+        for one, other in zip(found, expected, strict=True):
+            assert one.names == other.names
+            for name, values in other.values.items():
+                torch.testing.assert_close(one.values[name], values)
+        assert (model.num_images, len(decoded)) == (num_views * NUM_IMAGES, num_decoded)
+
+
+def invert(image: torch.Tensor, name: str) -> torch.Tensor:
+    return 255 - image
 
 
 def test_every_part_of_a_key_changes_it() -> None:
@@ -307,6 +359,56 @@ def test_features_are_of_the_same_images_where_one_could_be_read_only_once(
     reading = FakeModel()
     assert_equal(load(reading, dataset, settings, cache), whole)
     assert reading.num_images == 0
+
+
+def test_cached_features_of_unlike_images_are_computed_anew(
+    dataset: LabelledSet, settings: ExtractionSettings, cache: FeatureCache
+) -> None:
+    """Nothing is missing, but one of the two lacks an image that no decoder here can read."""
+    damaged = Path(dataset.train[2].content.path)  # type: ignore[attr-defined]
+    damaged.write_bytes(b"\0" * 300)
+    dataset = read_labelled_set(dataset.name)
+    tolerant = dataclasses.replace(settings, error_budget_fraction=0.2)
+    expected = load(FakeModel(), dataset, tolerant, cache)
+    key = build_keys(FakeModel(), settings, expected.digest)["cls"]
+    of_all = dataclasses.replace(
+        expected,
+        values={"cls": torch.cat([expected.values["cls"], torch.ones(1, 24)])},
+        labels=torch.cat([expected.labels, torch.zeros(1, dtype=torch.int64)]),
+        names=tuple(image.name for image in dataset.train),
+        caption_ids=("",) * NUM_IMAGES,
+        captions=("",) * NUM_IMAGES,
+        unreadable=(),
+    )
+    cache.save(key, of_all, {"model": "fake", "data": "x", "split": "train"})
+    model = FakeModel()
+    assert_equal(load(model, dataset, tolerant, cache), expected)
+    assert model.num_images == NUM_IMAGES - 1
+
+
+def test_an_image_that_is_not_what_was_recorded_is_left_out_of_the_cache_until_it_is(
+    dataset: LabelledSet, settings: ExtractionSettings, cache: FeatureCache
+) -> None:
+    content = dataset.train[2].content
+    assert isinstance(content, FileRange)
+    data = Path(content.path).read_bytes()
+    recorded = dataclasses.replace(content, recorded_sha256=hashlib.sha256(data).hexdigest())
+    train = list(dataset.train)
+    train[2] = dataclasses.replace(train[2], content=recorded)
+    dataset = dataclasses.replace(dataset, train=tuple(train))
+    Path(content.path).write_bytes(data[:-20] + bytes(20))
+    tolerant = dataclasses.replace(settings, error_budget_fraction=0.2)
+    for num_images in (NUM_IMAGES - 1, 0):
+        model = FakeModel()
+        features = load(model, dataset, tolerant, cache)
+        assert model.num_images == num_images
+        assert train[2].name not in features.names
+        assert len(features.unreadable) == 1
+    Path(content.path).write_bytes(data)
+    for num_images in (NUM_IMAGES, 0):
+        model = FakeModel()
+        assert load(model, dataset, settings, cache).names == tuple(image.name for image in train)
+        assert model.num_images == num_images
 
 
 def test_texts_are_embedded_once(settings: ExtractionSettings, cache: FeatureCache) -> None:
