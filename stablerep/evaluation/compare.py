@@ -7,10 +7,13 @@ Rows are matched by protocol, metric and feature, examples by name. For each pai
     McNemar's p   exact, two-sided: how often A alone is right against how often B alone is
 
 Each row is taken by itself: of twenty rows without any true difference, one is expected to show p < 0.05.
+Rows of other settings are compared, and the settings named; where the examples themselves were drawn by the
+settings, as episodes are, and are others, there is no interval.
 """
 
+import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -19,15 +22,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stablerep.evaluation.metrics import NUM_RECALL_LEVELS
-from stablerep.evaluation.reporting.formats import format_value
+from stablerep.evaluation.formats import format_value
+from stablerep.evaluation.resampling import count_kinds, resample_average_precision
 from stablerep.evaluation.results import Results, Row, read_results, replace_file
 from stablerep.evaluation.statistics import (
+    Estimate,
     McNemarTest,
     PairedDifference,
     bootstrap_difference,
-    bootstrap_kind_difference,
-    bootstrap_metric_difference,
+    bootstrap_indices,
+    bootstrap_kinds,
     mcnemar_test,
 )
 
@@ -36,10 +40,6 @@ COMPARISON_FILE = "compare.json"
 MAX_NAMES_SHOWN = 3
 _TOLERANCE = 1e-6
 """Largest difference between a row's value and what its predictions give: float32 of the protocols."""
-
-NUM_RESAMPLES_IN_CACHE = 32
-"""Resamples of an average precision at a time: few, so that they stay in the processor's cache."""
-_ARRAYS = ("predictions", "targets", "names")
 
 
 class _Resampling(TypedDict):
@@ -85,10 +85,11 @@ class Comparison:
         value_a: Score of A.
         value_b: Score of B.
         difference: value_a − value_b.
-        interval: Paired bootstrap interval of the difference; None if the rows have no predictions or the
-            metric is none of theirs.
+        interval: Paired bootstrap interval of the difference; None if the rows have no predictions, the
+            metric is none of theirs, or the examples are others.
         mcnemar: None where an example is not right or wrong.
         n: Examples.
+        settings: Those that differ: name → the value in A and in B.
     """
 
     protocol: str
@@ -100,6 +101,7 @@ class Comparison:
     interval: tuple[float, float] | None
     mcnemar: McNemarTest | None
     n: int
+    settings: Mapping[str, tuple[Any, Any]]
 
 
 def run(config: CompareConfig) -> int:
@@ -189,6 +191,12 @@ def build_table(a: Results, b: Results, comparisons: Sequence[Comparison], confi
         rule,
         *lines[1:],
     ]
+    differing: dict[str, list[Comparison]] = {}
+    for found in comparisons:
+        for name, (in_a, in_b) in found.settings.items():
+            differing.setdefault(f"{name} is {in_a} in A, {in_b} in B", []).append(found)
+    for text, rows in differing.items():
+        notes += ["", f"Other settings: {text} ({_name_rows(rows)})."]
     if len(comparisons) > 1:
         notes += ["", "Each row by itself: neither intervals nor p are corrected for the number of rows."]
     for name, run_, other in (("A", a, b), ("B", b, a)):
@@ -251,12 +259,14 @@ def _align(row_a: Row, row_b: Row, a: Results, b: Results) -> Row:
     if row_a.predictions is None or row_b.predictions is None:
         return row_b
     names_a, names_b = row_a.names or a.names, row_b.names or b.names
+    if row_a.settings != row_b.settings and names_a != a.names and set(names_a) != set(names_b):
+        return dataclasses.replace(row_b, predictions=None, targets=None, names=None)
     _check_same_names(names_a, names_b, a, b)
     place = {name: index for index, name in enumerate(names_b)}
     order = np.array([place[name] for name in names_a])
     targets = None if row_b.targets is None else row_b.targets[order]
-    aligned = Row(
-        **{name: getattr(row_b, name) for name in row_b.__dataclass_fields__ if name not in _ARRAYS},
+    aligned = dataclasses.replace(
+        row_b,
         predictions=row_b.predictions[order],
         targets=targets,
         names=names_a,
@@ -274,7 +284,7 @@ def _equal_targets(a: np.ndarray | None, b: np.ndarray | None) -> bool:
 
 
 def _compare_rows(a: Row, b: Row, runs: tuple[Results, Results], resampling: _Resampling) -> Comparison:
-    difference: PairedDifference | None = None
+    difference: PairedDifference | Estimate | None = None
     mcnemar: McNemarTest | None = None
     if a.predictions is not None and b.predictions is not None:
         scores_a, scores_b = _score_examples(a), _score_examples(b)
@@ -297,6 +307,11 @@ def _compare_rows(a: Row, b: Row, runs: tuple[Results, Results], resampling: _Re
         interval=None if difference is None else (difference.low, difference.high),
         mcnemar=mcnemar,
         n=a.n,
+        settings={
+            name: (a.settings.get(name), b.settings.get(name))
+            for name in {**a.settings, **b.settings}
+            if a.settings.get(name) != b.settings.get(name)
+        },
     )
 
 
@@ -315,37 +330,24 @@ def _score_examples(row: Row) -> Tensor | None:
 
 def _bootstrap_mean_per_class(
     a: Row, b: Row, runs: tuple[Results, Results], resampling: _Resampling
-) -> PairedDifference | None:
-    """An example is of one kind with all others of its class that A and B have as right or wrong as it."""
+) -> Estimate | None:
     assert a.predictions is not None
     assert b.predictions is not None
     if a.targets is None or not a.targets.ndim == a.predictions.ndim == b.predictions.ndim == 1:
         return None
-    answers = np.stack([a.targets, a.predictions == a.targets, b.predictions == a.targets]).astype(np.int64)
-    kinds, counts = np.unique(answers, axis=1, return_counts=True)
-    classes, of_class = np.unique(kinds[0], return_inverse=True)
-    member = torch.zeros(len(of_class), len(classes), dtype=torch.float64)  # [V, C]
-    member[torch.arange(len(of_class)), torch.from_numpy(of_class)] = 1
-    right_a, right_b = torch.from_numpy(kinds[1:]).double()[:, :, None] * member
-
-    def mean_per_class(counts: Tensor, right: Tensor) -> Tensor:
-        """Mean over the classes that a resample has, [R]."""
-        num_images = counts @ member
-        return ((counts @ right) / num_images.clamp(min=1)).sum(dim=1) / (num_images > 0).sum(dim=1)
-
-    everything = torch.from_numpy(counts)
-    found = (float(mean_per_class(everything.double()[None], right)[0]) for right in (right_a, right_b))
-    _check_values(a, b, runs, *found)
-    return bootstrap_kind_difference(
-        lambda drawn: mean_per_class(drawn, right_a) - mean_per_class(drawn, right_b),
-        everything,
+    right = np.stack([a.predictions == a.targets, b.predictions == a.targets])
+    kinds = count_kinds(a.targets, right)
+    _check_values(a, b, runs, *map(float, kinds.mean_per_class(kinds.counts.double()[None])[:, 0]))
+    return bootstrap_kinds(
+        lambda drawn: torch.sub(*kinds.mean_per_class(drawn)),
+        kinds.counts,
         **resampling,
     )
 
 
 def _bootstrap_average_precision(
     a: Row, b: Row, runs: tuple[Results, Results], resampling: _Resampling
-) -> PairedDifference | None:
+) -> Estimate | None:
     assert a.predictions is not None
     assert b.predictions is not None
     if a.targets is None or not a.targets.ndim == a.predictions.ndim == b.predictions.ndim == 2:
@@ -357,7 +359,7 @@ def _bootstrap_average_precision(
         float(resample_average_precision(scores, shown, everything)[0]) for scores in (scores_a, scores_b)
     )
     _check_values(a, b, runs, *found)
-    return bootstrap_metric_difference(
+    return bootstrap_indices(
         lambda indices: (
             resample_average_precision(scores_a, shown, indices)
             - resample_average_precision(scores_b, shown, indices)
@@ -365,60 +367,6 @@ def _bootstrap_average_precision(
         len(shown),
         **resampling,
     )
-
-
-def resample_average_precision(scores: Tensor, targets: Tensor, indices: Tensor) -> Tensor:
-    """`metrics.mean_average_precision` of resamples of the images.
-
-    The images of a class are ranked once; a resample only changes how often each counts.
-
-    Args:
-        scores: Confidence of each image and class.
-        targets: 1 where the image shows the class, 0 where not, −1 where that does not count.
-        indices: Images of each resample.
-
-    Shapes:
-        scores, targets [N, C], indices [R, N] → [R] float64; 0 for a resample that shows no class.
-    """
-    shown = (targets == 1).any(dim=0).nonzero().flatten().tolist()
-    classes = [_rank_class(scores[:, column], targets[:, column]) for column in shown]
-    chunks = indices.split(NUM_RESAMPLES_IN_CACHE)
-    return torch.cat([_average_precisions(classes, rows, len(scores)) for rows in chunks])
-
-
-def _rank_class(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The images of one class by score, which of them show it and which count, and where precision can peak.
-
-    Precision falls from one positive to the next, so it is taken at the last image of each score that a
-    positive has.
-    """
-    order = scores.argsort(descending=True, stable=True)
-    ranked, truth = scores[order], targets[order]
-    _, group = ranked.unique_consecutive(return_inverse=True)
-    last = torch.bincount(group).cumsum(0) - 1
-    return order, truth, last[group[truth == 1].unique()]
-
-
-def _average_precisions(
-    classes: Sequence[tuple[Tensor, Tensor, Tensor]], indices: Tensor, num_examples: int
-) -> Tensor:
-    counts = torch.zeros(len(indices), num_examples).scatter_add_(1, indices, torch.ones(indices.shape))
-    total, num_classes = torch.zeros(len(indices), dtype=torch.float64), torch.zeros(len(indices))
-    levels = torch.arange(NUM_RECALL_LEVELS)
-    for order, truth, peaks in classes:
-        weights = counts[:, order]
-        found = (weights * (truth == 1)).cumsum(1)[:, peaks]
-        shown = (weights * (truth >= 0)).cumsum(1)[:, peaks]
-        precision = found / shown.clamp(min=1)
-        best = precision.flip(1).cummax(dim=1).values.flip(1)  # at this threshold or any later one
-        positives = found[:, -1:]
-        # The first threshold whose recall is at least the level, in whole numbers.
-        first = torch.searchsorted((NUM_RECALL_LEVELS - 1) * found, (levels * positives).contiguous())
-        average = best.gather(1, first).double().mean(dim=1)
-        has_positives = positives[:, 0] > 0
-        total += average.where(has_positives, 0.0)
-        num_classes += has_positives
-    return total / num_classes.clamp(min=1)
 
 
 def _check_values(a: Row, b: Row, runs: tuple[Results, Results], *found: float) -> None:
@@ -473,7 +421,7 @@ def _join(cells: Sequence[str], widths: Sequence[int]) -> str:
     return f"| {' | '.join(aligned)} |"
 
 
-def _name_rows(rows: Sequence[Row]) -> str:
+def _name_rows(rows: Sequence[Row] | Sequence[Comparison]) -> str:
     return _name_some([f"{row.protocol} {row.metric} of {row.feature}" for row in rows])
 
 

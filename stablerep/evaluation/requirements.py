@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from stablerep.arguments import suggest
-from stablerep.evaluation.reporting.formats import describe_metric
+from stablerep.evaluation.formats import describe_metric
 from stablerep.evaluation.results import Row
 
 OPERATORS: dict[str, Callable[[float, float], bool]] = {

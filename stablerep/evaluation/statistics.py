@@ -16,6 +16,15 @@ MAX_DISTINCT_DIFFERENCES = 256
 
 
 @dataclass(frozen=True)
+class Estimate:
+    """A metric on the examples, and its percentile interval over resamples of them."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class PairedDifference:
     """Metric of A less metric of B on the same examples, with its interval; of accuracies, in [-1, 1]."""
 
@@ -166,38 +175,36 @@ def bootstrap_difference(
         index = int((~differences.isfinite()).nonzero()[0])
         raise ValueError(f"the scores must be finite, that of example {index} is not")
     values, counts = differences.unique(return_counts=True)
+    resampling = {"num_resamples": num_resamples, "seed": seed}
     if len(values) > MAX_DISTINCT_DIFFERENCES:
-        return bootstrap_metric_difference(
+        found = bootstrap_indices(
             lambda indices: differences[indices].mean(dim=1),
             len(differences),
-            num_resamples=num_resamples,
             confidence=confidence,
-            seed=seed,
+            **resampling,
         )
-    return bootstrap_kind_difference(
-        lambda counts: counts @ values / len(differences),
-        counts,
-        num_resamples=num_resamples,
-        confidence=confidence,
-        seed=seed,
-    )
+    else:
+        found = bootstrap_kinds(
+            lambda counts: counts @ values / len(differences), counts, confidence=confidence, **resampling
+        )
+    return PairedDifference(found.value, found.low, found.high)
 
 
-def bootstrap_kind_difference(
-    difference: Callable[[Tensor], Tensor],
+def bootstrap_kinds(
+    metric: Callable[[Tensor], Tensor],
     counts: Tensor,
     *,
     num_resamples: int = 10_000,
     confidence: float = 0.95,
     seed: int = 0,
-) -> PairedDifference:
-    """Percentile interval of a difference of metrics that depends only on how many examples are of each kind.
+) -> Estimate:
+    """Percentile interval of a metric that depends only on how many examples are of each kind.
 
     The counts of a resample are multinomial, so they are drawn in place of the examples.
 
     Args:
-        difference: Takes counts of kinds [R, V], float64, a resample a row, and returns the metric of A less
-            that of B on each row, [R].
+        metric: Takes counts of kinds [R, V], float64, a resample a row, and returns the metric of each row,
+            [R]; a difference of two metrics is one, too.
         counts: How many examples are of each kind, such as right by A alone; at least one in all.
         num_resamples: Bootstrap samples, at least 100; they are drawn in chunks of bounded memory.
         confidence: Coverage, in (0, 1).
@@ -207,7 +214,7 @@ def bootstrap_kind_difference(
         counts [V] int.
 
     Returns:
-        The difference on all examples, and the quantiles (1 ∓ confidence)/2 of the resampled ones.
+        The metric on all examples, and the quantiles (1 ∓ confidence)/2 of the resampled ones.
 
     Raises:
         ValueError: If there is no example, a number is out of its bounds, or the metric of a resample is not
@@ -222,31 +229,31 @@ def bootstrap_kind_difference(
     resampled = []
     for num_rows in _chunk(num_resamples, len(counts)):
         draws = torch.from_numpy(generator.multinomial(num_examples, shares, size=num_rows))  # [R', V]
-        resampled.append(difference(draws.double()).double())
-    observed = float(difference(counts.double()[None])[0])
+        resampled.append(metric(draws.double()).double())
+    observed = float(metric(counts.double()[None])[0])
     return _percentile_interval(observed, torch.cat(resampled), confidence)
 
 
-def bootstrap_metric_difference(
-    difference: Callable[[Tensor], Tensor],
+def bootstrap_indices(
+    metric: Callable[[Tensor], Tensor],
     num_examples: int,
     *,
     num_resamples: int = 10_000,
     confidence: float = 0.95,
     seed: int = 0,
-) -> PairedDifference:
-    """Percentile interval of the difference of any two metrics over the same examples.
+) -> Estimate:
+    """Percentile interval of any metric over examples.
 
     Args:
-        difference: Takes indices of examples [R, N], a resample a row, and returns the metric of A less that
-            of B on each row, [R].
+        metric: Takes indices of examples [R, N], a resample a row, and returns the metric of each row, [R];
+            a difference of two metrics is one, too.
         num_examples: N, at least 1.
         num_resamples: Bootstrap samples, at least 100; they are drawn in chunks of bounded memory.
         confidence: Coverage, in (0, 1).
         seed: Of the draws, >= 0; the same seed gives the same interval.
 
     Returns:
-        The difference on all examples, and the quantiles (1 ∓ confidence)/2 of the resampled ones.
+        The metric on all examples, and the quantiles (1 ∓ confidence)/2 of the resampled ones.
 
     Raises:
         ValueError: If a number is out of its bounds, or the metric of a resample is not finite.
@@ -257,9 +264,9 @@ def bootstrap_metric_difference(
     if num_examples < 1:
         raise ValueError(f"num_examples must be >= 1, got {num_examples}")
     _check_resampling(num_resamples, confidence, seed)
-    observed = float(difference(torch.arange(num_examples)[None])[0])
+    observed = float(metric(torch.arange(num_examples)[None])[0])
     resampled = torch.cat(
-        [difference(indices).double() for indices in _draw_resamples(num_examples, num_resamples, seed)]
+        [metric(indices).double() for indices in _draw_resamples(num_examples, num_resamples, seed)]
     )
     return _percentile_interval(observed, resampled, confidence)
 
@@ -361,12 +368,12 @@ def _chunk(num_rows: int, num_columns: int) -> Iterator[int]:
         yield min(most, num_rows - first)
 
 
-def _percentile_interval(observed: float, resampled: Tensor, confidence: float) -> PairedDifference:
+def _percentile_interval(observed: float, resampled: Tensor, confidence: float) -> Estimate:
     if not resampled.isfinite().all():
         raise ValueError("the metric of a resample is not finite")
     tails = (1 - confidence) / 2, (1 + confidence) / 2
     low, high = np.quantile(resampled.numpy(), tails)
-    return PairedDifference(observed, float(low), float(high))
+    return Estimate(observed, float(low), float(high))
 
 
 def _student_quantile(confidence: float, degrees_of_freedom: int) -> float:

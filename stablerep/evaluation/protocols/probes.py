@@ -13,7 +13,8 @@ from stablerep.evaluation.logreg import (
 )
 from stablerep.evaluation.metrics import mean_average_precision, mean_per_class_accuracy
 from stablerep.evaluation.protocols.evaluation import Evaluation
-from stablerep.evaluation.protocols.rows import accuracy_row
+from stablerep.evaluation.protocols.rows import BOOTSTRAP, accuracy_row
+from stablerep.evaluation.resampling import average_precision_interval, mean_per_class_interval
 from stablerep.evaluation.results import Row
 from stablerep.evaluation.ridge import ridge_classify
 
@@ -42,8 +43,8 @@ def _score_logreg(evaluation: Evaluation, feature: str) -> Iterator[Row]:
             protocol="logreg",
             metric="map11",
             value=mean_average_precision(result.logits.cpu(), evaluation.labels),
-            interval=None,
-            interval_method="",
+            interval=average_precision_interval(result.logits.cpu().numpy(), evaluation.labels.numpy()),
+            interval_method=BOOTSTRAP,
             n=len(evaluation.labels),
             selection=result.selection,
             hyperparameters=_describe_logreg(result),
@@ -71,8 +72,8 @@ def _score_logreg(evaluation: Evaluation, feature: str) -> Iterator[Row]:
         protocol="logreg",
         metric="mean_per_class_accuracy",
         value=mean_per_class_accuracy(predictions, evaluation.labels),
-        interval=None,
-        interval_method="",
+        interval=mean_per_class_interval(predictions.numpy(), evaluation.labels.numpy()),
+        interval_method=BOOTSTRAP,
         n=row.n,
         selection=row.selection,
         hyperparameters=row.hyperparameters,
@@ -189,10 +190,16 @@ def run_fewshot(evaluation: Evaluation) -> list[Row]:
                 feature=feature,
                 seconds=time.perf_counter() - start,
                 predictions=result.episode_accuracies.numpy(),
-                names=[f"episode {index}" for index in range(config.num_episodes)],
+                names=_name_episodes(config),
             )
         )
     return rows
+
+
+def _name_episodes(config: FewShotConfig) -> list[str]:
+    """Names that two runs share where the images of the episodes are the same."""
+    draw = f"{config.num_ways} of {config.num_shots} + {config.num_queries_per_class}, seed {config.seed}"
+    return [f"{draw}: episode {index}" for index in range(config.num_episodes)]
 
 
 def name_fewshot(config: FewShotConfig) -> str:

@@ -10,6 +10,7 @@ from stablerep.evaluation.results import Row
 from stablerep.evaluation.statistics import wilson_interval
 
 WILSON = "Wilson, 95 %"
+BOOTSTRAP = "percentile bootstrap over test images, 95 %"
 
 
 def accuracy_row(

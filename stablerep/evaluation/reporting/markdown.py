@@ -3,14 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stablerep.evaluation.reporting.content import ReportContent
-from stablerep.evaluation.reporting.formats import (
+from stablerep.evaluation.formats import (
     describe_metric,
     format_interval,
     format_setting,
     format_settings,
     format_value,
 )
+from stablerep.evaluation.reporting.content import ReportContent
 from stablerep.evaluation.results import Row
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from stablerep.evaluation.reporting.formats import describe_metric, describe_protocol, write_as_heading
+from stablerep.evaluation.formats import describe_metric, describe_protocol, write_as_heading
 from stablerep.evaluation.results import Provenance, Row
 
 _TASKS = {

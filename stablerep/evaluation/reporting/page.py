@@ -10,6 +10,14 @@ import jinja2
 import numpy as np
 from PIL import Image, ImageOps
 
+from stablerep.evaluation.formats import (
+    describe_metric,
+    describe_protocol,
+    format_interval,
+    format_settings,
+    format_value,
+    write_as_heading,
+)
 from stablerep.evaluation.geometry import covariance_spectrum
 from stablerep.evaluation.reporting import figures
 from stablerep.evaluation.reporting.analysis import (
@@ -21,14 +29,6 @@ from stablerep.evaluation.reporting.analysis import (
     sort_by_preference,
 )
 from stablerep.evaluation.reporting.content import Picture, ReportContent
-from stablerep.evaluation.reporting.formats import (
-    describe_metric,
-    describe_protocol,
-    format_interval,
-    format_settings,
-    format_value,
-    write_as_heading,
-)
 from stablerep.evaluation.reporting.markdown import collect_facts, list_notes
 from stablerep.evaluation.results import Row
 

@@ -15,8 +15,12 @@ from stablerep.evaluation.compare import (
     Comparison,
     build_table,
     compare_results,
-    resample_average_precision,
     run,
+)
+from stablerep.evaluation.resampling import (
+    average_precision_interval,
+    mean_per_class_interval,
+    resample_average_precision,
 )
 from stablerep.evaluation.results import Provenance, Results, Row, read_results, write_results
 from stablerep.evaluation.statistics import bootstrap_difference, mcnemar_test
@@ -179,6 +183,28 @@ def test_scores_without_targets_are_compared_by_their_mean(tmp_path: Path) -> No
     assert spread.interval is None
 
 
+def test_rows_of_other_settings_are_compared_and_the_settings_named(tmp_path: Path) -> None:
+    def write_rows(name: str, num_views: int | None, seed: int) -> Results:
+        settings = {"linear.num_views": num_views, "seed": 0}
+        names = [f"seed {seed}: episode {index}" for index in range(NUM)]
+        accuracies = np.linspace(0.1, 0.9, NUM)
+        episodes = {"predictions": accuracies, "targets": None, "names": names, "value": 0.5}
+        fewshot = row(A, "fewshot", **episodes, settings={"fewshot.seed": seed})
+        return write(tmp_path / name, [row(A, "linear_paper", settings=settings), fewshot])
+
+    a, b, c = write_rows("a", None, 0), write_rows("b", 4, 0), write_rows("c", None, 1)
+    linear, fewshot = compare_results(a, b)
+    assert linear.settings == {"linear.num_views": (None, 4)}
+    assert linear.interval is not None
+    assert (fewshot.settings, fewshot.interval) == ({}, (0.0, 0.0))
+    told = "Other settings: linear.num_views is None in A, 4 in B (linear_paper accuracy of cls)."
+    assert told in build_table(a, b, [linear, fewshot])
+    linear, fewshot = compare_results(a, c)
+    assert linear.settings == {}
+    assert fewshot.settings == {"fewshot.seed": (0, 1)}
+    assert fewshot.interval is None  # other episodes are no pairs
+
+
 def test_interval_of_mean_per_class_accuracy_is_that_of_resampled_examples(tmp_path: Path) -> None:
     """With a class of one image, which some resamples do not have."""
     targets = np.where(np.arange(NUM) == 0, 7, TARGETS)
@@ -198,6 +224,23 @@ def test_interval_of_mean_per_class_accuracy_is_that_of_resampled_examples(tmp_p
     naive = [score(answers[0], indices) - score(answers[1], indices) for indices in draws]
     assert found.difference == pytest.approx(score(answers[0]) - score(answers[1]))
     assert found.interval == pytest.approx(tuple(np.quantile(naive, [0.025, 0.975])), abs=0.02)
+    of_a = [score(answers[0], indices) for indices in draws]
+    assert mean_per_class_interval(answers[0], targets) == pytest.approx(
+        tuple(np.quantile(of_a, [0.025, 0.975])), abs=0.02
+    )
+
+
+def test_interval_of_average_precision_is_that_of_resampled_examples() -> None:
+    random = np.random.default_rng(9)
+    shown = np.eye(4)[TARGETS] > 0
+    scores = shown + random.standard_normal((NUM, 4))
+    draws = random.integers(NUM, size=(1000, NUM))
+    naive = [
+        metrics.mean_average_precision(torch.from_numpy(scores[i]), torch.from_numpy(shown[i])) for i in draws
+    ]
+    assert average_precision_interval(scores, shown) == pytest.approx(
+        tuple(np.quantile(naive, [0.025, 0.975])), abs=0.03
+    )
 
 
 @pytest.mark.parametrize("has_ties", [False, True])
@@ -281,7 +324,7 @@ def test_a_difference_below_zero_and_no_difference_are_written_as_such(tmp_path:
     a, b = write(tmp_path / "a", [row(A)]), write(tmp_path / "b", [row(B)])
     (found,) = compare_results(b, a)
     assert f"| −{100 * -found.difference:.2f} |" in build_table(b, a, [found]).replace("  ", " ")
-    nothing = Comparison("knn20", "accuracy", "cls", 0.5, 0.5, 0.0, (0.0, 0.0), None, 60)
+    nothing = Comparison("knn20", "accuracy", "cls", 0.5, 0.5, 0.0, (0.0, 0.0), None, 60, {})
     assert "0.00 to 0.00" in build_table(a, b, [nothing])
     sure = replace(nothing, mcnemar=mcnemar_test(torch.ones(60).bool(), torch.zeros(60).bool()))
     assert "< 0.0001" in build_table(a, b, [sure])

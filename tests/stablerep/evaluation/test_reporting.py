@@ -17,6 +17,7 @@ from PIL import Image
 from sklearn.decomposition import PCA
 from sklearn.metrics import confusion_matrix
 
+from stablerep.evaluation.formats import describe_metric, describe_protocol, format_settings
 from stablerep.evaluation.reporting import build_markdown, write_report
 from stablerep.evaluation.reporting.analysis import (
     choose_points,
@@ -35,7 +36,6 @@ from stablerep.evaluation.reporting.figures import (
     build_spectrum_chart,
     place_points,
 )
-from stablerep.evaluation.reporting.formats import describe_metric, describe_protocol, format_settings
 from stablerep.evaluation.reporting.model_index import build_eval_results, build_model_index
 from stablerep.evaluation.reporting.page import build_page, to_data_uri
 from tests.stablerep.evaluation.reports import PROVENANCE, build_content, row

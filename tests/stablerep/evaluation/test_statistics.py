@@ -11,8 +11,8 @@ from scipy.stats import t as student
 from stablerep.evaluation import statistics
 from stablerep.evaluation.statistics import (
     bootstrap_difference,
-    bootstrap_kind_difference,
-    bootstrap_metric_difference,
+    bootstrap_indices,
+    bootstrap_kinds,
     mcnemar_test,
     paired_difference,
     summarize_seeds,
@@ -142,10 +142,10 @@ def test_bootstrap_of_a_metric_equals_a_naive_loop_over_the_same_draws() -> None
     def difference(indices: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(a)[indices].median(dim=1).values - torch.from_numpy(b)[indices].std(dim=1)
 
-    result = bootstrap_metric_difference(difference, 60, num_resamples=500, seed=7)
+    result = bootstrap_indices(difference, 60, num_resamples=500, seed=7)
     draws = np.random.default_rng(7).integers(60, size=(500, 60))
     naive = [np.sort(a[row])[29] - b[row].std(ddof=1) for row in draws]
-    assert result.difference == pytest.approx(np.sort(a)[29] - b.std(ddof=1))
+    assert result.value == pytest.approx(np.sort(a)[29] - b.std(ddof=1))
     assert (result.low, result.high) == pytest.approx(tuple(np.quantile(naive, [0.025, 0.975])))
 
 
@@ -211,11 +211,11 @@ def test_arguments_of_resampling_and_tests_out_of_bounds_are_refused() -> None:
     with pytest.raises(ValueError, match="must be finite, that of example 2 is not"):
         bootstrap_difference(scores, torch.tensor([0, 0, torch.nan, 0, 0]))
     with pytest.raises(ValueError, match="counts must be of >= 1 examples, got 0"):
-        bootstrap_kind_difference(lambda counts: counts[:, 0], torch.zeros(2, dtype=torch.int64))
+        bootstrap_kinds(lambda counts: counts[:, 0], torch.zeros(2, dtype=torch.int64))
     with pytest.raises(ValueError, match="num_examples must be >= 1, got 0"):
-        bootstrap_metric_difference(lambda indices: indices[:, 0], 0)
+        bootstrap_indices(lambda indices: indices[:, 0], 0)
     with pytest.raises(ValueError, match="the metric of a resample is not finite"):
-        bootstrap_metric_difference(lambda indices: indices[:, 0] / 0, 3)
+        bootstrap_indices(lambda indices: indices[:, 0] / 0, 3)
     with pytest.raises(ValueError, match=r"must be \[N\], got \[5\] and \[4\]"):
         mcnemar_test(scores > 0, scores[:4] > 0)
     with pytest.raises(ValueError, match="an interval over seeds needs >= 2 values, got 1"):

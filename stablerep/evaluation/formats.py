@@ -28,7 +28,6 @@ _METRICS = {
     "top5_accuracy": MetricFormat("top-5 accuracy", True),
     "mean_per_class_accuracy": MetricFormat("mean per-class accuracy", True),
     "map11": MetricFormat("mean average precision, 11 points", True),
-    "mean_average_precision": MetricFormat("mean average precision", True),
     "alignment": MetricFormat("alignment", False, higher_is_better=False),
     "uniformity": MetricFormat("uniformity", False, higher_is_better=False),
     "rankme": MetricFormat("RankMe", False),
@@ -49,7 +48,6 @@ _PROTOCOLS = {
 _SELECTIONS = {
     "paper": ", chosen on test",
     "heldout": "",
-    "quick": ", quick",
 }
 
 
