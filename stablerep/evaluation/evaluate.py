@@ -2,6 +2,7 @@
 
     stablerep evaluate --checkpoint LAST.ckpt --data DIR --protocols all
     stablerep evaluate compare RUN_A RUN_B          two runs on the same images, example by example
+    stablerep evaluate summarize RUN RUN RUN        runs of several seeds: mean and spread
     stablerep evaluate cache ls | verify | prune    the features that are kept for later runs
 
 A run leaves, in its output folder, `results.jsonl` and `predictions.npz` (see
@@ -15,10 +16,12 @@ output.py      from rows to files
 """
 
 import importlib
+import json
 import shlex
 
 SUBCOMMANDS = {
     ("compare",): ("stablerep.evaluation.compare", "CompareConfig", "two runs on the same images"),
+    ("summarize",): ("stablerep.evaluation.summarize", "SummarizeConfig", "runs of several seeds"),
     ("cache", "ls"): ("stablerep.evaluation.cache.ls", "ListConfig", "list the features that are kept"),
     ("cache", "verify"): ("stablerep.evaluation.cache.verify", "VerifyConfig", "check the kept features"),
     ("cache", "prune"): ("stablerep.evaluation.cache.prune", "PruneConfig", "delete kept features"),
@@ -110,10 +113,14 @@ def _run_subcommand(args: list[str]) -> int:
     module = importlib.import_module(module_name)
     rest = args[len(words) :]
     folders: list[str] = []
-    if words == ("compare",):  # the two folders may stand alone
-        while len(folders) < 2 and rest and not rest[0].startswith("-"):
+    if words[0] != "cache":  # the folders may stand alone
+        while rest and not rest[0].startswith("-"):
             folders.append(rest.pop(0))
-        rest = [f"--{name}={folder}" for name, folder in zip("ab", folders, strict=False)] + rest
+    if words == ("compare",):
+        named = [f"--{name}={folder}" for name, folder in zip("ab", folders, strict=False)]
+        rest = [*named, *folders[2:], *rest]
+    elif folders:
+        rest = [f"--folders={json.dumps(folders)}", *rest]
     config = parse_config(
         getattr(module, class_name), rest, prog=f"stablerep evaluate {' '.join(words)}", description=text
     )

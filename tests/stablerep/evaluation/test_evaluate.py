@@ -605,7 +605,7 @@ def test_unknown_words_are_refused(words: list[str], capsys: pytest.CaptureFixtu
     assert main(["evaluate", *words]) == 2
     message = capsys.readouterr().err
     assert f"unknown word '{' '.join(words)}' after evaluate" in message
-    assert "compare, cache ls, cache verify, cache prune" in message
+    assert "compare, summarize, cache ls, cache verify, cache prune" in message
 
 
 def test_the_caches_commands_start_without_torch(tmp_path: Path) -> None:
