@@ -109,7 +109,7 @@ def make_plan(config: EvaluateConfig) -> Plan:
         with tempfile.NamedTemporaryFile(dir=folder):  # an unwritable folder shows now, not after the work
             pass
     cache = None if config.cache is None else FeatureCache(Path(config.cache).expanduser())
-    fingerprints = _find_fingerprints(dataset, cache, is_dry=config.dry_run)
+    fingerprints = _find_fingerprints(dataset, cache)
     provenance = _describe_provenance(config, model, dataset, fingerprints)
     if not config.overwrite and not config.dry_run:
         check_folder(folder, provenance, scores)
@@ -222,15 +222,13 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def _find_fingerprints(
-    dataset: LabelledSet, cache: FeatureCache | None, *, is_dry: bool
-) -> Mapping[str, str]:
+def _find_fingerprints(dataset: LabelledSet, cache: FeatureCache | None) -> Mapping[str, str]:
     """Rank 0 hashes; all ranks have the digests."""
     found: Mapping[str, str] = {}
     error = None
     if distributed.rank() == 0:
         try:
-            found = fingerprint_set(dataset, None if cache is None else cache.folder, remember=not is_dry)
+            found = fingerprint_set(dataset, None if cache is None else cache.folder)
         except (ValueError, OSError) as caught:
             error = caught
     distributed.raise_together(error)
@@ -250,6 +248,7 @@ def _describe_provenance(
         transform=transform,
         hashes={
             "weights": model.digest,
+            "architecture": model.forward_digest,
             "data": hashlib.sha256(data.encode()).hexdigest(),
             "transform": hashlib.sha256(transform.encode()).hexdigest(),
         },

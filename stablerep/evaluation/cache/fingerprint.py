@@ -121,7 +121,7 @@ class KnownDigests:
         self._has_changed = False
 
 
-def fingerprint_set(dataset: LabelledSet, folder: Path | None, *, remember: bool = True) -> Mapping[str, str]:
+def fingerprint_set(dataset: LabelledSet, folder: Path | None) -> Mapping[str, str]:
     """What the readable bytes, names and labels of each split are, 64 hex digits each.
 
     It is the digest that the split's features will have.
@@ -129,15 +129,13 @@ def fingerprint_set(dataset: LabelledSet, folder: Path | None, *, remember: bool
     Args:
         dataset: The set.
         folder: The cache's folder, where digests are remembered; None remembers nothing.
-        remember: Whether to write what was hashed now.
     """
     known = KnownDigests(folder, dataset.name)
     fingerprints = {
         split: digest_images(images, digest_contents(images, known, f"{split}: hashing"))
         for split, images in dataset.splits.items()
     }
-    if remember:
-        known.save()
+    known.save()
     return fingerprints
 
 

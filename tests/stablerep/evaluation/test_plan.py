@@ -11,7 +11,8 @@ import torch
 
 from stablerep.cli import main
 from stablerep.evaluation import dry_run, run
-from stablerep.evaluation.cache import store
+from stablerep.evaluation.cache import fingerprint, store
+from stablerep.evaluation.cache.files import DIGESTS_FOLDER
 from stablerep.evaluation.config import EvaluateConfig, KnnConfig, LogregConfig, RobustnessConfig
 from stablerep.evaluation.dry_run import format_seconds
 from stablerep.evaluation.fewshot import FewShotConfig
@@ -33,11 +34,15 @@ def checkpoint(tmp_path: Path) -> Path:
 @pytest.fixture
 def no_features(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails the test when features are computed."""
-    monkeypatch.setattr(store, "extract_features", lambda *_, **__: pytest.fail("features were computed"))
+    monkeypatch.setattr(
+        store, "extract_changed_features", lambda *_, **__: pytest.fail("features were computed")
+    )
 
 
 def files_of(root: Path) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+    """Beside the digests of images."""
+    paths = (path for path in root.rglob("*") if DIGESTS_FOLDER not in path.parts)
+    return {path: path.stat().st_mtime_ns for path in paths if path.is_file()}
 
 
 @pytest.mark.usefixtures("no_features")
@@ -131,7 +136,7 @@ def test_without_images_that_share_captions_only_test_features_are_needed(
 
 
 @pytest.mark.e2e
-def test_a_dry_run_says_what_the_cache_has_and_writes_nothing(
+def test_a_dry_run_says_what_the_cache_has_and_writes_digests_alone(
     checkpoint: Path,
     write_folders: WriteFolders,
     tmp_path: Path,
@@ -149,7 +154,9 @@ def test_a_dry_run_says_what_the_cache_has_and_writes_nothing(
         counts.append((len(args[1]), options["description"]))
         return original(*args, **options)
 
-    monkeypatch.setattr(store, "extract_features", lambda *_, **__: pytest.fail("features were computed"))
+    monkeypatch.setattr(
+        store, "extract_changed_features", lambda *_, **__: pytest.fail("features were computed")
+    )
     monkeypatch.setattr(dry_run, "extract_features", count)
     before = files_of(tmp_path) | files_of(cache_home)
     words = ["evaluate", f"--checkpoint={checkpoint}", f"--data={data}", f"--output={tmp_path / 'new'}"]
@@ -164,6 +171,21 @@ def test_a_dry_run_says_what_the_cache_has_and_writes_nothing(
     assert "linear 48 - / augmented views" in text
     assert "robustness 30 - / 2 corrupted copies" in text
     assert re.search(r"time about 0 min \d\d s for 117 images", text)  # 24 + 15 + 48 + 30
+
+
+@pytest.mark.e2e
+def test_a_run_does_not_hash_again_what_a_dry_run_hashed(
+    checkpoint: Path,
+    write_folders: WriteFolders,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fingerprint, "_SETTLED_NANOSECONDS", 0)
+    data = write_folders(train=8, test=5)
+    words = ["evaluate", f"--checkpoint={checkpoint}", f"--data={data}", *QUICK, "--protocols=[knn]"]
+    assert main([*words, "--dry_run"]) == 0
+    monkeypatch.setattr(fingerprint, "_hash", lambda image: pytest.fail(f"{image.name} was hashed again"))
+    evaluate(checkpoint, data, tmp_path / "out", "--protocols=[knn]")
 
 
 @pytest.mark.e2e
@@ -307,7 +329,7 @@ def test_a_feature_that_is_not_finite_stops_the_run_and_names_the_image(
     checkpoint: Path, write_folders: WriteFolders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     content = torch.load(checkpoint, weights_only=True)
-    content["state_dict"]["backbone.norm.weight"][3] = 3e38  # finite, and the product is not
+    content["state_dict"]["backbone.norm.weight"].fill_(3.3e38)  # finite, and the products are not
     torch.save(content, checkpoint)
     data = write_folders(train=4, test=2)
     words = [f"--checkpoint={checkpoint}", f"--data={data}", f"--output={tmp_path / 'out'}"]
