@@ -79,3 +79,4 @@ def describe(plan: Plan, work_folder: WorkFolder) -> None:
             write_card(plan.store, plan.manifest, list_complete_shards(plan.store))
         finally:
             work_folder.release("card")
+        work_folder.finish()  # the others may have left meanwhile

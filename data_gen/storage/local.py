@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, TypeVar
 
-_NUM_TRIES = 3
+_NUM_TRIES = 10
 _Value = TypeVar("_Value")
 
 TEMPORARY_NAME = re.compile(r"\..+\.\d+\.tmp")
@@ -221,9 +221,18 @@ def is_of_dead_process(stem: str) -> bool:
 
 
 def _make_folder(folder: Path) -> None:
-    """Makes a folder and its parents, durably."""
+    """Makes a folder and its parents, durably.
+
+    Raises:
+        FileNotFoundError: Another process removed one of them meanwhile.
+    """
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:  # also where it was there for `mkdir`, and no more for the look at it
+        if folder.exists() and not folder.is_dir():
+            raise
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder)) from error
     for path in missing:
         _flush(path.parent)
 
