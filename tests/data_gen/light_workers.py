@@ -8,7 +8,10 @@ Python runs `sitecustomize.py` from its path before anything else; it puts the s
     LIGHT_BROKEN_PLACE  workers of the place with this number raise at every caption
     LIGHT_BROKEN_DEVICE  workers on this device raise at every caption
     LIGHT_FAILED    a caption that fails
+    LIGHT_FAILURES  a file that gets a line for each error of these two kinds
+    LIGHT_NUM_FAILURES  workers that draw wait until that file has so many lines
     LIGHT_HANG      a file; the worker that takes it away hangs at its caption
+    LIGHT_HOLD      a file with a number; while it is there, workers wait at `caption NUMBER` and later ones
     LIGHT_LOG       a file that gets a line for each caption generated
     LIGHT_UNLOADED  the model cannot be loaded; the value says why
 """
@@ -41,16 +44,20 @@ class _Finder:
 
             def generate(self, requests, seed):
                 for request in requests:
+                    while self.is_held(request.text):
+                        time.sleep(0.02)
                     time.sleep(float(os.environ.get("LIGHT_SECONDS", "0")))
                     if request.text == os.environ.get("LIGHT_POISON"):
                         os.kill(os.getpid(), signal.SIGKILL)
                     if request.text == os.environ.get("LIGHT_BROKEN"):
                         raise RuntimeError(f"cannot draw {request.text}")
-                    place = os.environ.get("STABLEREP_WORKER_PLACE", "").rpartition("/")[2]
-                    if place and place == os.environ.get("LIGHT_BROKEN_PLACE"):
+                    if self.is_broken():
+                        if "LIGHT_FAILURES" in os.environ:
+                            with open(os.environ["LIGHT_FAILURES"], "a") as file:
+                                file.write(request.text + chr(10))
                         raise RuntimeError("this accelerator fell off the bus")
-                    if self.name == os.environ.get("LIGHT_BROKEN_DEVICE"):
-                        raise RuntimeError("this accelerator fell off the bus")
+                    while self.count_failures() < int(os.environ.get("LIGHT_NUM_FAILURES", "0")):
+                        time.sleep(0.02)
                     if "LIGHT_HANG" in os.environ:
                         try:
                             os.unlink(os.environ["LIGHT_HANG"])
@@ -65,6 +72,25 @@ class _Finder:
                         if request.text == os.environ.get("LIGHT_FAILED"):
                             made.failure = "safety_checker"
                         yield made
+
+            def is_held(self, text):
+                try:
+                    with open(os.environ.get("LIGHT_HOLD", "")) as file:
+                        return int(text.split()[-1]) >= int(file.read())
+                except FileNotFoundError:
+                    return False
+
+            def is_broken(self):
+                place = os.environ.get("STABLEREP_WORKER_PLACE", "").rpartition("/")[2]
+                is_placed = place and place == os.environ.get("LIGHT_BROKEN_PLACE")
+                return is_placed or self.name == os.environ.get("LIGHT_BROKEN_DEVICE")
+
+            def count_failures(self):
+                try:
+                    with open(os.environ.get("LIGHT_FAILURES", "")) as file:
+                        return len(file.readlines())
+                except FileNotFoundError:
+                    return 0
 
         module = types.ModuleType(spec.name)
         module.DiffusionGenerator = LightGenerator

@@ -10,18 +10,18 @@ import os
 import shutil
 import socket
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.processes import MAX_SECONDS, find_free_ports, wait_until
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "scancel", "sinfo")
 NUM_CPUS = 16  # as Slurm believes: tasks of the tests sleep for the most part
 GPU_DEVICES = ("/dev/null", "/dev/zero")  # any character devices will do
 
 _PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
-_START_SECONDS = 30.0
 
 _SLURM_CONF = """
 ClusterName=test
@@ -49,7 +49,7 @@ JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 MpiDefault=none
 ReturnToService=2
-KillWait=10
+KillWait=60
 SchedulerParameters=sched_interval=1,sched_min_interval=0,batch_sched_delay=0,bf_interval=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
@@ -78,7 +78,9 @@ class SlurmCluster:
 
     def call(self, *command: str) -> str:
         """The output of one of Slurm's commands."""
-        finished = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
+        finished = subprocess.run(
+            command, env=self.environment, capture_output=True, text=True, timeout=MAX_SECONDS
+        )
         assert finished.returncode == 0, f"{command}: {finished.stderr}"
         return finished.stdout.strip()
 
@@ -107,27 +109,17 @@ def run_slurm_cluster(folder: Path) -> Iterator[SlurmCluster]:
                 daemons.append(
                     subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
                 )
-        wait_until(lambda: _is_idle(cluster), _START_SECONDS, lambda: _read_logs(folder))
+        wait_until(lambda: _is_idle(cluster), lambda: _read_logs(folder))
         yield cluster
     finally:
         if len(daemons) == 2:
             with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
                 cluster.call("scancel", "--user", getpass.getuser())
-                wait_until(lambda: not cluster.call("squeue", "--noheader"), 30)
+                wait_until(lambda: not cluster.call("squeue", "--noheader"), seconds=60)
         for daemon in reversed(daemons):
             daemon.terminate()
         for daemon in daemons:
-            daemon.wait(timeout=30)
-
-
-def wait_until(
-    condition: Callable[[], object], seconds: float, explain: Callable[[], str] = lambda: ""
-) -> None:
-    """Waits for a condition; fails with the explanation where it does not come true in time."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds:.0f} seconds. {explain()}"
-        time.sleep(0.2)
+            daemon.wait(timeout=MAX_SECONDS)
 
 
 def _write_configuration(folder: Path) -> None:
@@ -138,7 +130,7 @@ def _write_configuration(folder: Path) -> None:
         _SLURM_CONF.format(
             host=host,
             user=getpass.getuser(),
-            ports=_find_free_ports(2),
+            ports=find_free_ports(2),
             folder=folder,
             num_cpus=NUM_CPUS,
             num_gpus=len(GPU_DEVICES),
@@ -146,14 +138,6 @@ def _write_configuration(folder: Path) -> None:
         )
     )
     (folder / "gres.conf").write_text("".join(f"Name=gpu File={device}\n" for device in GPU_DEVICES))
-
-
-def _find_free_ports(number: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 def _is_idle(cluster: SlurmCluster) -> bool:

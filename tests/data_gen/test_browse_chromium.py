@@ -24,6 +24,7 @@ from tests.data_gen.browse_datasets import (
     write_dataset,
     write_mixed_dataset,
 )
+from tests.processes import MAX_SECONDS
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 CHROMIUM = next((path for path in map(shutil.which, _NAMES) if path), None)
@@ -108,7 +109,7 @@ def show(pages: Path, tmp_path: Path) -> Show:
     def open_at(hash_: dict[str, str] | None = None, folder: Path = pages) -> Elements:
         url = f"{(folder / 'index.html').resolve().as_uri()}#{urlencode(hash_ or {})}"
         command = [CHROMIUM or "", *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", url]
-        done = subprocess.run(command, capture_output=True, timeout=120)
+        done = subprocess.run(command, capture_output=True, timeout=MAX_SECONDS)
         assert done.returncode == 0, done.stderr.decode(errors="replace")
         elements = Elements(done.stdout.decode("utf-8"))
         assert elements.attributes("html")[0].get("data-state") == "ready", elements.with_id("status")
@@ -125,7 +126,7 @@ def photograph(tmp_path: Path) -> Callable[[Path, dict[str, str]], Any]:
         url = f"{(folder / 'index.html').resolve().as_uri()}#{urlencode(hash_)}"
         options = [f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={tmp_path / 'screen.png'}"]
         command = [CHROMIUM or "", *FLAGS, *options, "--window-size=1280,2400", url]
-        done = subprocess.run(command, capture_output=True, timeout=120)
+        done = subprocess.run(command, capture_output=True, timeout=MAX_SECONDS)
         assert done.returncode == 0, done.stderr.decode(errors="replace")
         with Image.open(tmp_path / "screen.png") as picture:
             return np.asarray(picture.convert("RGB")).astype(int)

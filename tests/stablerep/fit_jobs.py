@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT_SECONDS = 240
+TIMEOUT_SECONDS = 300
 
 
 @dataclass

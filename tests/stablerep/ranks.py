@@ -1,7 +1,6 @@
 """Runs a function on several gloo ranks; a rank that fails or hangs fails the test."""
 
 import multiprocessing
-import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.queues import Queue
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-TIMEOUT_SECONDS = 120
+TIMEOUT_SECONDS = 300
 
 
 def _run_rank(
@@ -18,8 +17,8 @@ def _run_rank(
 ) -> None:
     torch.set_num_threads(1)
     try:
-        address = f"tcp://127.0.0.1:{port}"
-        dist.init_process_group("gloo", init_method=address, rank=rank, world_size=num_ranks)
+        store = dist.TCPStore("127.0.0.1", port)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
         results.put((rank, function(rank, *args), None))
         dist.barrier()
         dist.destroy_process_group()
@@ -30,13 +29,12 @@ def _run_rank(
 
 def run_on_ranks(function: Callable[..., Any], num_ranks: int, *args: Any) -> list[Any]:
     """What `function(rank, *args)` returns on each rank; arrays and numbers, no tensors."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    # Hosted here: a port that is looked for and then left to a rank may be another's until it has started.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("spawn")
     results: Queue = context.Queue()
     processes = [
-        context.Process(target=_run_rank, args=(function, rank, num_ranks, port, args, results))
+        context.Process(target=_run_rank, args=(function, rank, num_ranks, store.port, args, results))
         for rank in range(num_ranks)
     ]
     for process in processes:

@@ -12,6 +12,7 @@ import torch
 from stablerep.augment import AugmentationConfig
 from stablerep.data.sources import CacheConfig
 from stablerep.datamodule import MultiPositiveDataModule, WeightedRoot
+from tests.processes import MAX_SECONDS
 from tests.stablerep.datasets import write_dataset, write_labelled_tar
 from tests.stablerep.ranks import run_on_ranks
 
@@ -194,7 +195,7 @@ def test_workers_outlive_signals_and_end_with_their_rank(tmp_path: Path) -> None
     del batches
     data.teardown("fit")
     for worker in workers:
-        worker.join(60)
+        worker.join(MAX_SECONDS)
         assert worker.exitcode == 0
 
 

@@ -18,7 +18,7 @@ from stablerep.fit import _is_first_rank, build_cli, choose_run_folder, count_de
 from tests.stablerep.datasets import write_dataset, write_image_folder
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-TIMEOUT_SECONDS = 240
+TIMEOUT_SECONDS = 300
 
 SMALL = [
     *("--data.num_captions_per_rank", "4"),
@@ -265,9 +265,19 @@ def test_others_know_when_the_rank_that_holds_their_store_has_left(tmp_path: Pat
     """Under torchrun and Slurm; it, or who started it, says why, and the others need not."""
     program = f"""
 import os, time
+from pathlib import Path
 import torch.distributed as dist
 from stablerep.fit import _has_first_rank_left
-dist.init_process_group("gloo")
+rank, path = int(os.environ["RANK"]), Path({str(tmp_path / "port")!r})
+if rank == 0:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    path.with_suffix(".tmp").write_text(str(store.port))
+    path.with_suffix(".tmp").rename(path)
+else:
+    while not path.exists():
+        time.sleep(0.01)
+    store = dist.TCPStore("127.0.0.1", int(path.read_text()))
+dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
 assert not _has_first_rank_left()
 dist.barrier()
 if dist.get_rank() == 0:
@@ -276,10 +286,7 @@ while not os.path.exists({str(tmp_path / "gone")!r}):
     time.sleep(0.01)
 os._exit(0 if _has_first_rank_left() else 1)
 """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        meeting_place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-    environment = os.environ | meeting_place | {"WORLD_SIZE": "2", "PYTHONPATH": str(CONFIGS.parent)}
+    environment = os.environ | {"PYTHONPATH": str(CONFIGS.parent)}
     ranks = [
         subprocess.Popen([sys.executable, "-c", program], env=environment | {"RANK": str(rank)})
         for rank in range(2)

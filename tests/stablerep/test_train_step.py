@@ -22,7 +22,7 @@ def test_benchmark_of_the_step_runs_on_a_processor(tmp_path: Path) -> None:
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=480,
     )
     assert result.returncode == 0, result.stderr
     measured = json.loads((tmp_path / "train_step.json").read_text())

@@ -39,6 +39,7 @@ from data_gen.verify import VerifyConfig
 from data_gen.verify import run as verify
 from tests.data_gen.datasets import save_tiny_vae
 from tests.data_gen.job.test_generate import data_files
+from tests.processes import MAX_SECONDS
 
 MakeConfig = Callable[..., GenerateConfig]
 
@@ -319,7 +320,7 @@ def test_workers_make_shards_while_another_measures_and_end_once_it_has(
     num_shards_finished: list[int] = []
 
     def measure_at_leisure() -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + MAX_SECONDS
         while (
             len(list_complete_shards(plan.store)) < plan.manifest.num_shards and time.monotonic() < deadline
         ):

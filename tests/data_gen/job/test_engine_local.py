@@ -1,5 +1,6 @@
 """Laws of workers as processes of this machine: whoever dies or leaves, the dataset is the same."""
 
+import contextlib
 import json
 import os
 import random
@@ -16,6 +17,7 @@ from data_gen.job.work_folder import MAX_DEATHS, Worker, WorkFolder
 from data_gen.shards import list_complete_shards
 from data_gen.storage import Store
 from tests.data_gen.light_workers import generate_command, light_environment
+from tests.processes import MAX_SECONDS, is_running, wait_until
 
 NUM_CAPTIONS = 42
 
@@ -48,6 +50,7 @@ def data_files(root: Path) -> dict[str, bytes]:
 
 
 def children_of(pid: int) -> list[int]:
+    """The oldest first."""
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
@@ -66,18 +69,24 @@ def test_several_workers_write_what_one_writes(
 def test_random_kills_change_no_byte(
     tmp_path: Path, many_captions: Path, tiny_pipeline: Path, undisturbed: dict[str, bytes]
 ) -> None:
-    """The short form of benchmarks/chaos.py."""
+    """The short form of benchmarks/chaos.py. Kills keep to the pace at which captions are drawn, and meet the
+    oldest worker: else a machine on which workers start slowly would see none of them save anything."""
     command = generate_command(many_captions, tmp_path / "dataset", tiny_pipeline, "--num_workers", "4")
-    environment = light_environment(tmp_path / "light", LIGHT_SECONDS="0.4")
-    rng, num_kills = random.Random(0), 0
+    log = tmp_path / "log"
+    log.touch()
+    environment = light_environment(tmp_path / "light", LIGHT_SECONDS="0.4", LIGHT_LOG=str(log))
+    rng, num_kills, num_drawn = random.Random(0), 0, 0
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as job:
-        while job.poll() is None and num_kills < 12:
-            time.sleep(rng.uniform(0.1, 0.5))
-            workers = children_of(job.pid) if job.poll() is None else []
-            if workers:
-                os.kill(rng.choice(workers), signal.SIGKILL)
-                num_kills += 1
-        _, error = job.communicate(timeout=120)
+        while job.poll() is None and num_kills < 8:
+            time.sleep(rng.uniform(0.05, 0.3))
+            if len(log.read_text().splitlines()) < num_drawn + 2:
+                continue
+            num_drawn = len(log.read_text().splitlines())
+            with contextlib.suppress(ProcessLookupError):  # it may just have left
+                for worker in children_of(job.pid)[:1]:
+                    os.kill(worker, signal.SIGKILL)
+                    num_kills += 1
+        _, error = job.communicate(timeout=MAX_SECONDS)
     assert num_kills >= 6
     assert "killed by SIGKILL" in error
     if job.returncode != 0:  # a shard that happened to be hit three times at one place
@@ -118,6 +127,15 @@ def test_a_shard_that_kills_three_workers_is_set_aside(
     assert data_files(tmp_path / "dataset") == undisturbed
 
 
+def read_until(job: "subprocess.Popen[str]", text: str, number: int) -> str:
+    """What the job says until it has said this in so many lines, or has ended."""
+    assert job.stderr is not None
+    said = ""
+    while said.count(text) < number and (line := job.stderr.readline()):
+        said += line
+    return said
+
+
 @pytest.mark.parametrize("options", [(), ("--num_workers", "2")])
 def test_sigterm_gives_back_and_nothing_finished_is_made_twice(
     options: tuple[str, ...],
@@ -128,13 +146,19 @@ def test_sigterm_gives_back_and_nothing_finished_is_made_twice(
 ) -> None:
     command = generate_command(many_captions, tmp_path / "dataset", tiny_pipeline, *options)
     log = tmp_path / "log"
-    environment = light_environment(tmp_path / "light", LIGHT_LOG=str(log), LIGHT_SECONDS="0.05")
+    hold = tmp_path / "hold"
+    hold.write_text("8")  # what two workers begin with
+    environment = light_environment(
+        tmp_path / "light", LIGHT_LOG=str(log), LIGHT_SECONDS="0.05", LIGHT_HOLD=str(hold)
+    )
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as job:
         while not log.exists() or len(log.read_text().splitlines()) < 6:
             time.sleep(0.02)
             assert job.poll() is None
         job.send_signal(signal.SIGTERM)
-        _, error = job.communicate(timeout=60)
+        error = read_until(job, "SIGTERM: giving back", 3 if options else 1)
+        hold.unlink()
+        error += job.communicate(timeout=MAX_SECONDS)[1]
     assert job.returncode == 75, error
     assert not list((tmp_path / "dataset" / ".work").rglob("claim-*.json"))
     subprocess.run(command, env=environment, check=True, capture_output=True)
@@ -153,13 +177,17 @@ def test_a_worker_that_someone_else_stops_is_replaced(
 ) -> None:
     log, root = tmp_path / "log", tmp_path / "dataset"
     command = generate_command(many_captions, root, tiny_pipeline, "--num_workers", num_workers)
-    environment = light_environment(tmp_path / "light", LIGHT_LOG=str(log), LIGHT_SECONDS="0.1")
+    hold = tmp_path / "hold"
+    hold.write_text("8")
+    environment = light_environment(tmp_path / "light", LIGHT_LOG=str(log), LIGHT_HOLD=str(hold))
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as job:
         while not log.exists() or len(log.read_text().splitlines()) < 6:
             time.sleep(0.02)
             assert job.poll() is None
         os.kill(children_of(job.pid)[0], signal.SIGTERM)
-        _, error = job.communicate(timeout=60)
+        error = read_until(job, "SIGTERM: giving back", 1)
+        hold.unlink()
+        error += job.communicate(timeout=MAX_SECONDS)[1]
     assert job.returncode == 0, error
     assert "was told to stop, though not by this job; starting it anew" in error
     assert data_files(root) == undisturbed
@@ -178,10 +206,10 @@ def test_a_worker_that_hangs_in_a_shard_is_replaced(
     hang = tmp_path / "hang"
     hang.touch()
     environment = light_environment(tmp_path / "light", LIGHT_HANG=str(hang))
-    command += ["--num_workers", num_workers, "--stall_seconds", "3"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    command += ["--num_workers", num_workers, "--stall_seconds", "8"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=MAX_SECONDS)
     assert done.returncode == 0, done.stderr
-    assert "no image for 3 seconds in shard 0000" in done.stderr
+    assert "no image for 8 seconds in shard 0000" in done.stderr
     assert done.stderr.count("starting it anew") == 1
     assert "in generate" in done.stderr  # the stack says where it stood
     assert data_files(tmp_path / "dataset") == undisturbed
@@ -192,10 +220,10 @@ def test_a_worker_without_a_supervisor_that_hangs_ends_and_a_slow_one_does_not(
 ) -> None:
     hang = tmp_path / "hang"
     hang.touch()
-    options = ["--stall_seconds", "2", "--num_captions_per_shard", str(NUM_CAPTIONS)]  # a shard of 4 seconds
+    options = ["--stall_seconds", "8", "--num_captions_per_shard", str(NUM_CAPTIONS)]  # a shard of 10 seconds
     command = generate_command(many_captions, tmp_path / "dataset", tiny_pipeline, *options)
-    environment = light_environment(tmp_path / "light", LIGHT_HANG=str(hang), LIGHT_SECONDS="0.1")
-    hung = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    environment = light_environment(tmp_path / "light", LIGHT_HANG=str(hang), LIGHT_SECONDS="0.25")
+    hung = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=MAX_SECONDS)
     assert hung.returncode == 70, hung.stderr
     assert subprocess.run(command, env=environment, capture_output=True).returncode == 0
 
@@ -210,7 +238,7 @@ def test_a_worker_without_a_supervisor_that_always_fails_ends_while_others_live(
     work_folder.report({})  # a worker that lives elsewhere
     join = [*generate_command(many_captions, root, tiny_pipeline)[:3], "work", "--dataset", str(root)]
     join += ["--model", str(tiny_pipeline), "--device", "cuda:7"]
-    joined = subprocess.run(join, env=environment, capture_output=True, text=True, timeout=60)
+    joined = subprocess.run(join, env=environment, capture_output=True, text=True, timeout=MAX_SECONDS)
     assert joined.returncode == 1
     (line,) = [line for line in joined.stderr.splitlines() if "error:" in line]
     assert "6 errors in a row before a sample was saved (shard 0000" in line
@@ -256,7 +284,7 @@ def test_workers_that_join_share_the_work(
             assert job.poll() is None
         joined = subprocess.run(join, env=environment, capture_output=True, text=True)
         assert joined.returncode == 0, joined.stderr
-        job.communicate(timeout=60)
+        job.communicate(timeout=MAX_SECONDS)
     assert job.returncode == 0
     assert data_files(root) == undisturbed
     assert sorted(log.read_text().splitlines()) == sorted(f"caption {index}" for index in range(NUM_CAPTIONS))
@@ -264,19 +292,22 @@ def test_workers_that_join_share_the_work(
 
 def test_status_tells_of_a_running_job(tmp_path: Path, many_captions: Path, tiny_pipeline: Path) -> None:
     root = tmp_path / "dataset"
-    environment = light_environment(tmp_path / "light", LIGHT_SECONDS="0.4")
+    hold = tmp_path / "hold"
+    hold.write_text("20")  # the first captions of the sixth shard of eleven
+    environment = light_environment(tmp_path / "light", LIGHT_HOLD=str(hold))
     command = generate_command(many_captions, root, tiny_pipeline, "--num_workers", "2")
     ask = [*command[:3], "status", "--dataset", str(root), "--json"]
     with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as job:
         while not list(root.glob("*_stats.json")):
             time.sleep(0.1)
             assert job.poll() is None
-        status: dict[str, Any] = {"images_per_second": 0.0}
-        while not status["images_per_second"]:  # workers report once a second
+        status: dict[str, Any] = {"images_per_second": 0.0, "workers": []}
+        while not status["images_per_second"] or len(status["workers"]) < 2:  # they report once a second
             running = subprocess.run(ask, env=environment, capture_output=True, text=True)
             status = json.loads(running.stdout)
             assert job.poll() is None
-        job.wait(timeout=60)
+        hold.unlink()
+        job.wait(timeout=MAX_SECONDS)
     assert running.returncode == 75
     assert not status["is_finished"]
     assert 0 < status["num_shards_finished"] < status["num_shards"] == 11
@@ -305,7 +336,8 @@ def test_a_broken_place_is_given_up_and_sets_no_shard_aside(
     tmp_path: Path, many_captions: Path, tiny_pipeline: Path, undisturbed: dict[str, bytes]
 ) -> None:
     command = generate_command(many_captions, tmp_path / "dataset", tiny_pipeline, "--num_workers", "2")
-    environment = light_environment(tmp_path / "light", LIGHT_BROKEN_PLACE="0", LIGHT_SECONDS="0.5")
+    failures = {"LIGHT_FAILURES": str(tmp_path / "failures"), "LIGHT_NUM_FAILURES": "4"}
+    environment = light_environment(tmp_path / "light", LIGHT_BROKEN_PLACE="0", **failures)
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "worker 0 died (exit code 70" in done.stderr
@@ -326,9 +358,6 @@ def test_workers_end_with_the_job_that_started_them(
         workers = children_of(job.pid)
         job.kill()
     assert len(workers) == 2
-    deadline = time.monotonic() + 20
-    while any(Path(f"/proc/{worker}").exists() for worker in workers):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until(lambda: not any(map(is_running, workers)))
     subprocess.run(command, env=light_environment(tmp_path / "light"), check=True, capture_output=True)
     assert data_files(tmp_path / "dataset") == undisturbed

@@ -1,10 +1,11 @@
 """The Ray engine on real clusters of this machine, each in a process of its own; stand-ins do the work."""
 
 import contextlib
+import fcntl
 import json
 import os
+import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,11 +23,15 @@ from data_gen.job.engines import local, ray_cluster
 from data_gen.job.engines.ray_cluster import RayConfig, run
 from data_gen.job.supervision import stopping_on
 from data_gen.job.worker import WorkConfig
+from tests.processes import MAX_SECONDS, find_free_ports, is_running, wait_until
 
 ROOT = Path(__file__).parents[3]
 NUM_SHARDS = 6
 OBJECT_STORE_BYTES = 100 << 20
 ALL_SHARDS = {f"shard-{index}" for index in range(NUM_SHARDS)}
+CROWDED = (
+    "2 of 4 workers have not started: each needs 1 CPU, 1 GPU; the cluster has 2 CPU (0 free), 2 GPU (0 free)"
+)
 
 
 # The stand-in for a worker, which makes files instead of images. It runs in the actor's process.
@@ -66,18 +71,13 @@ def make_files(
 def claim(folder: Path, name: str) -> bool:
     """Takes a shard of which nobody living has the claim."""
     path = folder / f"claim-of-{name}"
-    try:
-        os.kill(int(path.read_text()), 0)
-    except (FileNotFoundError, ProcessLookupError):
-        path.unlink(missing_ok=True)
-    except ValueError:  # in the writing
-        return False
-    try:
-        with path.open("x") as file:
-            file.write(str(os.getpid()))
-    except FileExistsError:
-        return False
-    return True
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if is_running(int(path.read_text())):
+                return False
+        path.write_text(str(os.getpid()))
+        return True
 
 
 def list_made(folder: Path) -> set[str]:
@@ -137,7 +137,8 @@ def autoscaling_cluster(folder: Path) -> Iterator[str]:
     """A head without resources, and Ray's autoscaler with nodes that are processes of this machine."""
     from ray.util import get_node_ip_address
 
-    address = f"{get_node_ip_address()}:{find_free_port()}"
+    port, client_port = find_free_ports(2)
+    address = f"{get_node_ip_address()}:{port}"
     config = folder / "cluster.json"
     config.write_text(json.dumps(build_cluster_config(address)))
     command = [
@@ -146,8 +147,8 @@ def autoscaling_cluster(folder: Path) -> Iterator[str]:
         "--head",
         "--block",
         "--num-cpus=0",
-        f"--port={address.rpartition(':')[2]}",
-        f"--ray-client-server-port={find_free_port()}",
+        f"--port={port}",
+        f"--ray-client-server-port={client_port}",
         "--dashboard-agent-listen-port=0",
         "--include-dashboard=false",
         f"--object-store-memory={OBJECT_STORE_BYTES}",
@@ -168,7 +169,8 @@ def autoscaling_cluster(folder: Path) -> Iterator[str]:
             yield address
         finally:
             head.terminate()
-            head.wait(timeout=60)
+            with contextlib.suppress(subprocess.TimeoutExpired):  # its group is killed in the end
+                head.wait(timeout=60)
 
 
 def build_cluster_config(address: str) -> dict[str, Any]:
@@ -206,12 +208,6 @@ def build_cluster_config(address: str) -> dict[str, Any]:
     }
 
 
-def find_free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
-
-
 def killed(config: RayConfig, dataset: str, messages: list[str]) -> list[int]:
     Path(dataset, "die").touch()
     hold_until_started(dataset, 3)
@@ -221,7 +217,7 @@ def killed(config: RayConfig, dataset: str, messages: list[str]) -> list[int]:
 
 def crowded(config: RayConfig, dataset: str, messages: list[str]) -> list[int]:
     def take(message: str) -> None:
-        if message.startswith("2 of 4 workers") and message not in messages:
+        if message == CROWDED and message not in messages:
             Path(dataset, "fail").touch()
         messages.append(message)
 
@@ -320,17 +316,9 @@ def driven(name: str, root: Path, environment: Mapping[str, str]) -> "Iterator[s
         process.wait()
 
 
-def is_running(pid: int) -> bool:
-    """Not one that has ended and waits to be reaped."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def read_result(process: "subprocess.Popen[bytes]", root: Path, seconds: float = 300) -> Any:
+def read_result(process: "subprocess.Popen[bytes]", root: Path) -> Any:
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=seconds)
+        process.wait(timeout=2 * MAX_SECONDS)
     assert process.returncode == 0, (root / "output").read_text()
     return json.loads((root / "result").read_text())
 
@@ -365,22 +353,21 @@ def test_workers_without_a_place_are_told_of_and_take_the_place_of_those_that_fa
 ) -> None:
     root, result = results[0] / "crowded", results[1]["crowded"]
     assert list_made(root) == ALL_SHARDS
-    assert len(read_events(root, "start")) == 3
-    assert sorted(result["codes"]) == [0, 0, 0, 1]  # the fourth was let go in the end
-    assert (
-        "2 of 4 workers have not started: each needs 1 CPU, 1 GPU; "
-        "the cluster has 2 CPU (0 free), 2 GPU (0 free)"
-    ) in result["messages"]
+    assert len(read_events(root, "start")) >= 3  # the fourth too, if it found a place in the very end
+    assert sorted(result["codes"]) == [0, 0, 0, 1]
+    assert CROWDED in result["messages"]
     assert f"worker {result['codes'].index(1)}: the disk is full" in result["messages"]
 
 
 def test_a_place_that_the_cluster_lacks_is_named(results: tuple[Path, dict[str, Any]]) -> None:
     root, result = results[0] / "impossible", results[1]["impossible"]
     assert result["codes"] == [75]
-    assert result["messages"] == [
-        "1 of 1 workers have not started: each needs 1 CPU, 3 GPU; "
-        "the cluster has 2 CPU (2 free), 2 GPU (2 free)"
-    ]
+    (message,) = result["messages"]
+    assert re.fullmatch(  # Ray may not know yet that the workers before have gone
+        r"1 of 1 workers have not started: each needs 1 CPU, 3 GPU; "
+        r"the cluster has 2 CPU \(\d free\), 2 GPU \(\d free\)",
+        message,
+    )
     assert read_events(root, "start") == []
 
 
@@ -409,10 +396,8 @@ def test_a_signal_has_workers_give_back_and_ends_a_cluster_of_its_own(
     assert len(read_events(tmp_path, "gave back")) == 2
     events = read_events(tmp_path, "start")
     assert [event["niceness"] for event in events] == [os.nice(0)] * 2
-    deadline = time.monotonic() + 60  # Ray ends them, and does not wait for it
-    while any(is_running(event["pid"]) for event in events):
-        assert time.monotonic() < deadline, events
-        time.sleep(0.1)
+    # Ray ends them, and does not wait for it.
+    wait_until(lambda: not any(is_running(event["pid"]) for event in events), lambda: str(events))
 
 
 @pytest.mark.e2e

@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,8 +29,8 @@ from tests.data_gen.slurm_cluster import (
     SlurmCluster,
     find_missing_programs,
     run_slurm_cluster,
-    wait_until,
 )
+from tests.processes import MAX_SECONDS, is_pending, wait_until
 
 NASTY_NAME = 'it\'s 100% "of" größer #1; $(touch injected) `touch injected` & packed \\ set'
 NUM_SHARDS = 4
@@ -126,7 +125,7 @@ class Task:
     scontrol_calls: Path
 
     def wait(self) -> int:
-        return self.process.wait(timeout=30)
+        return self.process.wait(timeout=MAX_SECONDS)
 
     def read_calls(self) -> list[str]:
         return self.scontrol_calls.read_text().splitlines() if self.scontrol_calls.exists() else []
@@ -180,10 +179,8 @@ def held(dataset: Path) -> Iterator[None]:
     (dataset / "hold").unlink()
 
 
-def wait_for_event(dataset: Path, seconds: float = 20, number: int = 1, **wanted: Any) -> None:
-    wait_until(
-        lambda: len(read_events(dataset, **wanted)) >= number, seconds, lambda: str(read_events(dataset))
-    )
+def wait_for_event(dataset: Path, number: int = 1, **wanted: Any) -> None:
+    wait_until(lambda: len(read_events(dataset, **wanted)) >= number, lambda: str(read_events(dataset)))
 
 
 @pytest.mark.parametrize("gpus_per_task", [0, 1, 3])
@@ -249,9 +246,10 @@ def test_a_task_that_is_cancelled_while_it_gives_back_is_not_requeued(
     with held(tmp_path / "dataset"):
         task = start_task(SlurmConfig())
         wait_for_event(task.dataset, event="start")
-        os.kill(read_events(task.dataset)[0]["pid"], signal.SIGSTOP)
+        pid = read_events(task.dataset)[0]["pid"]
+        os.kill(pid, signal.SIGSTOP)
         task.process.send_signal(signal.SIGUSR1)
-        time.sleep(0.2)
+        wait_until(lambda: is_pending(pid, signal.SIGUSR1))  # both shells have passed it on
         os.killpg(task.process.pid, signal.SIGTERM)
         os.killpg(task.process.pid, signal.SIGCONT)
         assert task.wait() == 75
@@ -305,7 +303,7 @@ def test_a_worker_that_dies_while_the_time_limit_is_near_is_left_to_the_next_run
         pid = read_events(task.dataset)[0]["pid"]
         os.kill(pid, signal.SIGSTOP)
         task.process.send_signal(signal.SIGUSR1)
-        time.sleep(0.2)
+        wait_until(lambda: is_pending(pid, signal.SIGUSR1))  # both shells have passed it on
         os.kill(pid, signal.SIGKILL)
         assert task.wait() == 137
     assert len(read_events(task.dataset, event="start")) == 1
@@ -344,14 +342,16 @@ def test_a_worker_that_fails_in_every_shard_ends_and_sets_none_aside(
     """The workers themselves, of which one has a broken accelerator."""
     captions, dataset, script = tmp_path / "captions.txt", tmp_path / "dataset", tmp_path / "task.sbatch"
     captions.write_text("".join(f"caption {index}\n" for index in range(32)))
+    failures = {"LIGHT_FAILURES": str(tmp_path / "failures"), "LIGHT_NUM_FAILURES": "3"}
     environment = light_environment(
-        tmp_path / "light", LIGHT_BROKEN_DEVICE="cuda:0", LIGHT_SECONDS="0.5", SLURM_JOB_ID="17"
+        tmp_path / "light", LIGHT_BROKEN_DEVICE="cuda:0", SLURM_JOB_ID="17", **failures
     )
     options = ["--slurm.gpus_per_task", "2", "--slurm.max_restarts", "2", "--slurm.script", str(script)]
     options += ["--generator.device", "auto", "--slurm.submit", "false", "--engine", "slurm"]
     command = generate_command(captions, dataset, tiny_pipeline, *options)
     assert subprocess.run(command, env=environment).returncode == EXIT_UNFINISHED
-    task = subprocess.run(["bash", str(script)], env=environment, capture_output=True, text=True, timeout=120)
+    command = ["bash", str(script)]
+    task = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=MAX_SECONDS)
     assert task.returncode == 70, task.stderr
     assert task.stderr.count("starting it again") == 2
     assert len(list(dataset.glob("*_stats.json"))) == 8
@@ -518,10 +518,13 @@ class Array:
         logs = [path.read_text() for path in Path(self.log_prefix).parent.glob("*.log")]
         return f"{cluster.states(self.job)} {read_events(self.dataset)} {logs}"
 
-    def wait_for_states(self, cluster: SlurmCluster, states: set[str], seconds: float = 40) -> None:
-        wait_until(
-            lambda: set(cluster.states(self.job).values()) == states, seconds, lambda: self.explain(cluster)
-        )
+    def wait_for_states(self, cluster: SlurmCluster, states: set[str]) -> None:
+        wait_until(lambda: set(cluster.states(self.job).values()) == states, lambda: self.explain(cluster))
+
+    def was_ended_by_a_later_run(self) -> bool:
+        """Whether the work came to its end after a requeue, of however many."""
+        ends = read_events(self.dataset, event="end")
+        return any(int(event["SLURM_RESTART_COUNT"] or 0) >= 1 for event in ends)
 
 
 @pytest.fixture(scope="module")
@@ -620,11 +623,11 @@ def test_a_preempted_task_gives_back_and_returns(cluster: SlurmCluster, arrays: 
     wait_for_event(array.dataset, event="start")
     urgent = cluster.call("sbatch", "--parsable", "--cpus-per-task=8", "--output=/dev/null", "--wrap=sleep 1")
     wait_for_event(array.dataset, event="gave back", signals=["SIGTERM"])
-    wait_until(lambda: "JobState=COMPLETED" in cluster.show(urgent), 30, lambda: cluster.show(urgent))
+    wait_until(lambda: "JobState=COMPLETED" in cluster.show(urgent), lambda: cluster.show(urgent))
     (array.dataset / "hold").unlink()
     array.wait_for_states(cluster, {"COMPLETED"})
     assert list_made(array.dataset) == ALL_SHARDS
-    assert read_events(array.dataset, event="end", SLURM_RESTART_COUNT="1")
+    assert array.was_ended_by_a_later_run()
 
 
 @real_cluster
@@ -632,11 +635,11 @@ def test_a_task_near_its_time_limit_gives_back_and_returns(
     cluster: SlurmCluster, arrays: dict[str, Array]
 ) -> None:
     array = arrays["expiring"]
-    wait_for_event(array.dataset, seconds=60, event="gave back", signals=["SIGUSR1"])
+    wait_for_event(array.dataset, event="gave back", signals=["SIGUSR1"])
     (array.dataset / "hold").unlink()
     array.wait_for_states(cluster, {"COMPLETED"})
     assert list_made(array.dataset) == ALL_SHARDS
-    assert read_events(array.dataset, event="end", SLURM_RESTART_COUNT="1")
+    assert array.was_ended_by_a_later_run()
 
 
 @real_cluster
@@ -669,7 +672,7 @@ def test_an_array_makes_the_dataset_that_one_process_makes(
     assert main(["generate", "--config", str(tmp_path / "config.yaml")]) == EXIT_UNFINISHED
     assert f"Slurm job {job} is still there" in capsys.readouterr().out
     array = Array(job, tmp_path / "dataset", str(tmp_path / "job"))
-    array.wait_for_states(cluster, {"COMPLETED"}, seconds=300)
+    array.wait_for_states(cluster, {"COMPLETED"})
     for path in sorted(finished_dataset.glob("*.tar")):
         assert (tmp_path / "dataset" / path.name).read_bytes() == path.read_bytes()
     assert not slurm.is_queued(job)

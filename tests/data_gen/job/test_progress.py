@@ -16,6 +16,7 @@ from data_gen.job.plan import Plan
 from data_gen.job.progress import JobStatus, describe, format_seconds, showing
 from data_gen.job.work_folder import Worker, WorkFolder
 from tests.data_gen.test_card import make_dataset
+from tests.processes import wait_until
 
 
 def build_report(name: str, **values: Any) -> dict[str, Any]:
@@ -118,10 +119,7 @@ def shown_job(root: Path, stream: Stream, monkeypatch: pytest.MonkeyPatch) -> It
     monkeypatch.setenv("COLUMNS", "120")
 
     def wait_for(text: str) -> None:
-        end = time.monotonic() + 20
-        while text not in stream.getvalue():
-            assert time.monotonic() < end, stream.getvalue()
-            time.sleep(0.01)
+        wait_until(lambda: text in stream.getvalue(), stream.getvalue)
 
     with showing(Plan.read(dataset.store), work_folder):
         wait_for("15 of 16 images (94 %); 0.50 images/s by 1 worker; 2 s left")

@@ -17,6 +17,8 @@ from data_gen.diffusion.generator import DiffusionGenerator
 from data_gen.job.generate import GenerateConfig, run
 from data_gen.job.plan import Plan
 from data_gen.job.work_folder import MAX_DEATHS, Worker, WorkFolder
+from data_gen.job.worker import WorkConfig
+from data_gen.job.worker import run as run_worker
 from data_gen.regenerate import Comparison
 from data_gen.repair import RepairConfig
 from data_gen.repair import run as repair
@@ -251,6 +253,19 @@ def test_a_plan_is_not_replaced_while_a_worker_lives_and_leaves_nothing_when_it_
     assert "dataset.json is replaced: nothing was made by its plan" in capsys.readouterr().err
 
 
+def test_the_worker_that_writes_the_card_leaves_nothing_for_others_to_remove(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_gen.diffusion.generator.DiffusionGenerator", NoiseGenerator)
+    config = make_config()
+    with monkeypatch.context() as context:
+        context.setattr("data_gen.job.generate._run_workers", lambda *_: True)  # stopped at once
+        assert run(config) == 75
+    assert run_worker(WorkConfig(config.output, model=config.generator.model, device="cpu")) == 0
+    assert (Path(config.output) / "SHA256SUMS").is_file()
+    assert not (Path(config.output) / ".work").exists()
+
+
 def test_a_job_in_this_process_is_seen_by_its_own_display(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -440,17 +455,24 @@ def folder_of(store: Store, name: str, host: str = "", pid: int = 0, lease_secon
     return WorkFolder(store, Worker(name, host or here.host, pid or here.pid, name), lease_seconds)
 
 
+def let_pass(root: Path, seconds: float) -> None:
+    """Makes each claim older."""
+    for path in root.glob(".work/*/claim-*.json"):
+        then = path.stat().st_mtime - seconds
+        os.utime(path, (then, then))
+
+
 def test_a_claim_holds_while_its_worker_lives(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    mine, far = folder_of(store, "mine"), folder_of(store, "far", host="elsewhere", lease_seconds=0.5)
+    mine, far = folder_of(store, "mine"), folder_of(store, "far", host="elsewhere", lease_seconds=3600)
     dead = folder_of(store, "dead", pid=4194304)
     assert far.claim("00000")
     assert not mine.claim("00000")
-    time.sleep(0.3)
+    let_pass(tmp_path, 2000)
     far.renew()
-    time.sleep(0.3)
+    let_pass(tmp_path, 2000)
     assert not mine.claim("00000")
-    time.sleep(0.5)
+    let_pass(tmp_path, 1600)
     assert mine.claim("00000")
     assert dead.claim("00001")
     assert mine.claim("00001")
@@ -459,17 +481,17 @@ def test_a_claim_holds_while_its_worker_lives(tmp_path: Path) -> None:
 
 def test_a_process_number_that_another_has_now_keeps_no_claim_alive(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    assert folder_of(store, "gone", pid=os.getppid(), lease_seconds=0.2).claim("00000")
+    assert folder_of(store, "gone", pid=os.getppid(), lease_seconds=3600).claim("00000")
     assert not folder_of(store, "mine").claim("00000")
-    time.sleep(0.3)
+    let_pass(tmp_path, 3600)
     assert folder_of(store, "mine").claim("00000")
 
 
 def test_a_claim_is_taken_over_by_one_alone_and_given_back_by_its_holder_alone(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    late = folder_of(store, "late", host="elsewhere", lease_seconds=0.1)
+    late = folder_of(store, "late", host="elsewhere", lease_seconds=60)
     assert late.claim("00000")
-    time.sleep(0.2)
+    let_pass(tmp_path, 60)
     heirs = [folder_of(store, f"heir {index}", host=f"host {index}") for index in range(8)]
     with ThreadPoolExecutor(8) as executor:
         taken = list(executor.map(lambda heir: heir.claim("00000"), heirs))

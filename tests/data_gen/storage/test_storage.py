@@ -29,6 +29,7 @@ import pytest
 from data_gen.storage import Store, open_filesystem
 from data_gen.storage import local as local_module
 from data_gen.storage import remote as remote_module
+from tests.processes import MAX_SECONDS, wait_until
 
 _numbers = itertools.count()
 
@@ -307,7 +308,7 @@ def test_one_of_many_threads_wins(store: Store) -> None:
 def publish_at_once(store: Store, content: bytes, barrier: Any, answers: Any) -> None:
     """What each process of the next test does."""
     store.exists("warm up")
-    barrier.wait(60)
+    barrier.wait(MAX_SECONDS)
     answers.put((content, store.publish("a/00000.tar", content)))
 
 
@@ -322,9 +323,9 @@ def test_one_of_many_processes_wins(store: Store) -> None:
     ]
     for process in processes:
         process.start()
-    won = [content for content, is_first in (answers.get(timeout=60) for _ in processes) if is_first]
+    won = [content for content, is_first in (answers.get(timeout=MAX_SECONDS) for _ in processes) if is_first]
     for process in processes:
-        process.join(60)
+        process.join(MAX_SECONDS)
         assert process.exitcode == 0
     assert len(won) == 1
     assert store.read("a/00000.tar") == won[0]
@@ -344,7 +345,7 @@ def test_forked_process_opens_the_store_anew(store: Store) -> None:
     store.publish("a", b"content")
     process = multiprocessing.get_context("fork").Process(target=read_in_child, args=(store,))
     process.start()
-    process.join(60)
+    process.join(MAX_SECONDS)
     assert process.exitcode == 0
     assert store.read("b") == b"child"
 
@@ -540,7 +541,7 @@ def test_age_is_counted_by_the_clock_of_the_disk(local: Store, monkeypatch: pyte
     monkeypatch.setattr(local_module.time, "time", lambda: 0.0)  # this machine's clock is wrong
     age = local.modified_seconds_ago("a")
     assert age is not None
-    assert 3599 < age < 3660
+    assert 3599 < age < 3600 + MAX_SECONDS
     assert os.listdir(local.local_path) == ["a"]
 
 
@@ -554,6 +555,21 @@ def test_link_whose_answer_was_lost_counts_as_done(local: Store, monkeypatch: py
     monkeypatch.setattr(os, "link", link_and_lose)
     assert local.publish("a", b"content")
     assert local.read("a") == b"content"
+
+
+def test_folder_that_is_removed_while_it_is_made_is_made_again(
+    local: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mkdir, num_calls = os.mkdir, itertools.count()
+
+    def find_what_is_gone(path: Path, *args: Any, **kwargs: Any) -> None:
+        if next(num_calls) < 2:
+            raise FileExistsError(errno.EEXIST, "File exists", str(path))
+        mkdir(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "mkdir", find_what_is_gone)
+    assert local.publish("folder/a", b"content")
+    assert local.read("folder/a") == b"content"
 
 
 def test_disk_without_hard_links_is_named(local: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -604,10 +620,10 @@ def test_killed_writer_leaves_nothing_under_the_name(local: Store, tmp_path: Pat
     process.start()
     with pipe.open("wb", buffering=0) as feed:
         feed.write(bytes(3 << 20))
-        wait_for(lambda: any(path.stat().st_size >= 1 << 20 for path in local.local_path.iterdir()))
+        wait_until(lambda: has_written(local.local_path, 1 << 20))
         assert process.pid is not None
         os.kill(process.pid, signal.SIGKILL)
-        process.join(60)
+        process.join(MAX_SECONDS)
     (leftover,) = local.local_path.iterdir()
     assert not local.exists("00000.tar")
     assert local.list() == []
@@ -659,7 +675,7 @@ def test_leftover_of_a_dead_writer_to_a_remote_store_is_removed(
         assert store.remove_stale_temporaries() == 0
         assert process.pid is not None
         os.kill(process.pid, signal.SIGKILL)
-        process.join(60)
+        process.join(MAX_SECONDS)
         assert leftover.exists()
         assert store.remove_stale_temporaries() == 1
         assert path.read_bytes() == b"mine"
@@ -683,7 +699,7 @@ def test_file_that_does_not_fit_leaves_nothing(local: Store, tmp_path: Path) -> 
     (tmp_path / "large").write_bytes(bytes(2 << 20))
     process = multiprocessing.get_context("spawn").Process(target=publish_too_much, args=(local.url,))
     process.start()
-    process.join(60)
+    process.join(MAX_SECONDS)
     assert process.exitcode == 0
     assert os.listdir(local.local_path) == []
 
@@ -732,10 +748,8 @@ def test_read_only_folder_is_named(tmp_path: Path) -> None:
     assert lines == ["b'content' True", f"output {tmp_path} cannot be written: Read-only file system"]
 
 
-def wait_for(is_reached: Callable[[], bool]) -> None:
-    for _ in range(600):
-        with contextlib.suppress(FileNotFoundError):
-            if is_reached():
-                return
-        time.sleep(0.1)
-    raise AssertionError("waited for a minute in vain")
+def has_written(folder: Path, num_bytes: int) -> bool:
+    """Whether a file there is as large."""
+    with contextlib.suppress(FileNotFoundError):  # one that is gone by now
+        return any(path.stat().st_size >= num_bytes for path in folder.iterdir())
+    return False

@@ -11,6 +11,7 @@ import pytest
 
 from data_gen.shards import ShardError
 from stablerep.data.verification import VerifiedFiles, default_cache_folder
+from tests.processes import MAX_SECONDS
 
 CONTENT = b"0123456789" * 1000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -183,8 +184,8 @@ def test_processes_that_need_one_file_at_once_hash_it_once(tmp_path: Path, shard
     ]
     for process in processes:
         process.start()
-    counts = [results.get(timeout=60) for _ in processes]
+    counts = [results.get(timeout=MAX_SECONDS) for _ in processes]
     for process in processes:
-        process.join(timeout=60)
+        process.join(timeout=MAX_SECONDS)
         assert process.exitcode == 0
     assert sorted(counts) == [0, 0, 1]

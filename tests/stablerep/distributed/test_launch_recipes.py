@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.data_gen.slurm_cluster import find_missing_programs, run_slurm_cluster, wait_until
+from tests.data_gen.slurm_cluster import find_missing_programs, run_slurm_cluster
+from tests.processes import is_running, wait_until
 from tests.stablerep.datasets import write_dataset
 from tests.stablerep.fit_jobs import ROOT, TIMEOUT_SECONDS, Job
 
@@ -38,17 +39,13 @@ def torchrun(job: Job) -> Iterator["subprocess.Popen[str]"]:
             process.terminate()
 
 
-def is_running(pid: int) -> bool:
-    return Path(f"/proc/{pid}").exists()
-
-
 @pytest.mark.e2e
 @pytest.mark.distributed
 def test_torchrun_starts_a_killed_job_again_from_its_checkpoint(job: Job) -> None:
     with torchrun(job) as process:
         killed = job.wait_for_steps(1, 4, process)
         os.kill(killed, signal.SIGKILL)
-        wait_until(lambda: job.wait_for_steps(1, 4, process) != killed, TIMEOUT_SECONDS)
+        wait_until(lambda: job.wait_for_steps(1, 4, process) != killed)
         (job.folder / "finish").touch()
         output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
     assert process.returncode == 0, output
@@ -66,7 +63,7 @@ def test_signal_to_torchrun_stops_its_ranks_with_a_checkpoint(number: signal.Sig
         output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
     assert process.returncode == 1, output  # torchrun's own
     assert f"stopped by {number.name} after step {job.read_step('run')}" in output
-    assert not any(map(is_running, ranks))
+    wait_until(lambda: not any(map(is_running, ranks)))
     assert not (job.folder / "run-2").exists()
 
 
@@ -121,13 +118,11 @@ def test_slurm_requeues_a_job_that_was_told_to_stop(job: Job) -> None:
         )  # as Slurm does before the time limit: not to the script
         wait_until(
             lambda: job.wait_for_steps(1, 4) != stopped,
-            TIMEOUT_SECONDS,
             lambda: (job.folder / "log").read_text(),
         )
         (job.folder / "finish").touch()
         wait_until(
             lambda: "JobState=COMPLETED" in cluster.show(number),
-            TIMEOUT_SECONDS,
             lambda: (job.folder / "log").read_text(),
         )
         assert "Restarts=1" in cluster.show(number)

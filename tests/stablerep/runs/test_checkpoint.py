@@ -21,8 +21,8 @@ from stablerep.runs.checkpoint import (
     list_checkpoints,
     verify_checkpoint,
 )
+from tests.processes import MAX_SECONDS
 
-SECONDS_TO_START = 60
 NUM_KILLS = 40
 
 
@@ -261,7 +261,7 @@ def test_kill_at_any_moment_of_saving_leaves_a_whole_checkpoint(tmp_path: Path) 
         is_saving = context.Event()
         process = context.Process(target=save_for_ever, args=(path, is_saving))
         process.start()
-        assert is_saving.wait(SECONDS_TO_START)
+        assert is_saving.wait(MAX_SECONDS)
         process.join(rng.uniform(0, 0.1))
         assert process.exitcode is None
         process.kill()

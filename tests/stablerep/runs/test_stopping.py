@@ -12,6 +12,7 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 
 from stablerep.runs.signals import STOP_SIGNALS, end_by_kill, ignore_signals, without_signals
 from stablerep.runs.stopping import StopFlag
+from tests.processes import MAX_SECONDS
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
@@ -66,7 +67,7 @@ def test_data_worker_is_ended_by_its_rank_alone(number: signal.Signals) -> None:
             assert pipe.recv() == "there?"
         end_by_kill(worker)
         worker.terminate()
-        worker.join(60)
+        worker.join(MAX_SECONDS)
         assert worker.exitcode == -signal.SIGKILL
     finally:
         worker.kill()
