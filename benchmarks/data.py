@@ -32,7 +32,6 @@ import numpy as np
 import simplejpeg
 import torch
 from jsonargparse import auto_cli
-from loss import find_processor
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 from torchvision import transforms
@@ -43,6 +42,7 @@ from stablerep.backbones import IMAGENET_MEAN, IMAGENET_STD
 from stablerep.data import decoding
 from stablerep.data.decoding import decode_views
 from stablerep.data.verification import VerifiedFiles
+from stablerep.machine import describe_processor
 
 RESULTS = Path(__file__).parent / "results"
 NUM_VIEWS = 6
@@ -73,7 +73,7 @@ def measure(
     for size in sizes:
         with context.Pool(1) as pool:
             sources[str(size)] = pool.apply(_measure_size, (size, num_rounds, num_captions_per_turn, core))
-    result = {"processor": find_processor(), "torch": torch.__version__, "sources": sources}
+    result = {"processor": describe_processor(), "torch": torch.__version__, "sources": sources}
     table = build_table(result)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")

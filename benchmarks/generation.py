@@ -22,7 +22,6 @@ Writes benchmarks/results/{name}.{json,md}.
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import tempfile
 import threading
@@ -39,6 +38,7 @@ import torch
 from jsonargparse import auto_cli
 
 from data_gen.scenes import sample_captions
+from stablerep.machine import read_processor_name
 
 RESULTS = Path(__file__).parent / "results"
 MAX_FOREIGN_SHARE = 0.03
@@ -542,13 +542,8 @@ def save_full_size_pipeline(folder: Path) -> Path:
 
 def describe_machine(device: str, num_cores: int) -> dict[str, Any]:
     """What the figures hold for."""
-    names = [
-        line.split(":", 1)[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
     return {
-        "processor": names[0] if names else platform.machine(),
+        "processor": read_processor_name(),
         "num_cores": num_cores,
         "accelerator": torch.cuda.get_device_name(device) if device.startswith("cuda") else None,
         "torch": torch.__version__,

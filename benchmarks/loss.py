@@ -18,8 +18,6 @@ Writes {output}/{name}.{json,md}.
 
 import json
 import multiprocessing
-import os
-import platform
 import signal
 import statistics
 import time
@@ -34,6 +32,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax, normalize
 
 from stablerep.losses import image_text_contrastive_loss, multi_positive_contrastive_loss
+from stablerep.machine import describe_processor
 
 RESULTS = Path(__file__).parent / "results"
 NUM_VIEWS = 4
@@ -131,7 +130,7 @@ def measure(
                 rows.append({"loss": loss, "dtype": dtype, "num_images": size, "turns": turns})
                 print(describe(rows[-1]), flush=True)
     errors = {loss: measure_error(loss, min(sizes), width, device) for loss in LOSSES}
-    threads = f"{num_threads} thread{'s' if num_threads > 1 else ''} of {find_processor()}"
+    threads = f"{num_threads} thread{'s' if num_threads > 1 else ''} of {describe_processor()}"
     processor = torch.cuda.get_device_name() if device != "cpu" else threads
     result = {
         "processor": processor,
@@ -233,14 +232,6 @@ def measure_error(loss: str, size: int, width: int, device: str) -> float:
         _step(LOSSES[loss][side], exact[0], exact[1], labels)
         gradients.append(torch.cat([x.grad.double() for x in exact if x.grad is not None]))
     return float((gradients[0] - gradients[1]).norm() / gradients[1].norm())
-
-
-def find_processor() -> str:
-    """Its name, where the system tells."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
 
 
 def describe(row: dict[str, Any]) -> str:

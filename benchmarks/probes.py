@@ -20,8 +20,6 @@ Writes benchmarks/results/{name}.{json,md}.
 
 import json
 import multiprocessing
-import os
-import platform
 import statistics
 import time
 import warnings
@@ -33,6 +31,7 @@ import numpy as np
 import sklearn
 import torch
 from jsonargparse import auto_cli
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from sklearn.exceptions import ConvergenceWarning
@@ -41,12 +40,13 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
-from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
 from stablerep.backbones import build_backbone, load_backbone
 from stablerep.evaluation.knn import NUMBERS_OF_NEIGHBOURS, knn_classify_by_k
 from stablerep.evaluation.logreg import PENALTIES, logistic_regression
+from stablerep.loading.model import EvaluationTransform, InputFormat
+from stablerep.machine import describe_processor
 
 RESULTS = Path(__file__).parent / "results"
 SPLITS = ("train", "validation", "test")
@@ -151,7 +151,7 @@ def measure(
                 print(f"{side}: {taken[-1]['seconds']:.1f} s", flush=True)
         rows.append({"tolerance": tolerance, "turns": turns})
     result = {
-        "processor": find_processor(),
+        "processor": describe_processor(),
         "num_threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "scikit-learn": sklearn.__version__,
@@ -192,15 +192,9 @@ def read_features(data: str, checkpoint: str | None, file: str | None) -> tuple[
 
 @torch.no_grad()
 def _extract(backbone: Any, folder: Path) -> tuple[Tensor, Tensor]:
-    size = backbone.image_size
-    steps = [
-        v2.Resize(round(size * 256 / 224), interpolation=InterpolationMode.BICUBIC),
-        v2.CenterCrop(size),
-        v2.PILToTensor(),
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize(backbone.mean, backbone.std),
-    ]
-    loader = DataLoader(ImageFolder(str(folder), v2.Compose(steps)), batch_size=64, num_workers=1)
+    transform = EvaluationTransform(InputFormat(backbone.image_size, backbone.mean, backbone.std))
+    images = ImageFolder(str(folder), transform, loader=Image.open)
+    loader = DataLoader(images, batch_size=64, num_workers=1)
     batches = [(backbone(images), labels) for images, labels in tqdm(loader, desc=folder.name, leave=False)]
     return torch.cat([values for values, _ in batches]), torch.cat([labels for _, labels in batches])
 
@@ -254,14 +248,6 @@ def _read_status(name: str) -> int:
     """A figure of /proc/self/status, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
-
-
-def find_processor() -> str:
-    """Its name, where the system tells."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
 
 
 def describe(row: dict[str, Any], side: str, labels: list[int]) -> str:

@@ -38,12 +38,13 @@ import lightning.pytorch as pl
 import torch
 from jsonargparse import auto_cli
 from lightning.pytorch.loggers import CSVLogger
-from loss import direct_image_loss, find_processor
+from loss import direct_image_loss
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from stablerep.backbones import ProjectionHead, build_backbone
 from stablerep.flops import count_flops_per_caption, find_peak_flops
+from stablerep.machine import describe_processor
 from stablerep.module import StableRep
 from stablerep.optimizer import OptimizerConfig, split_by_decay
 
@@ -156,7 +157,7 @@ def _describe(task: Task) -> dict[str, Any]:
     module = task.build_module()
     peak, source = find_peak_flops(torch.device(task.device), torch.bfloat16)
     return {
-        "processor": find_processor() if task.device == "cpu" else torch.cuda.get_device_name(),
+        "processor": describe_processor() if task.device == "cpu" else torch.cuda.get_device_name(),
         "flops_per_image": count_flops_per_caption(module.hparams) / task.num_views,
         "peak_flops": peak,
         "peak_source": source,

@@ -1,8 +1,6 @@
 """What came out of the demo: scores, differences, curves, and whether its claim holds."""
 
 import csv
-import os
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -17,6 +15,7 @@ from stablerep.demo.runner import Record
 from stablerep.evaluation.results import Results, Row, read_results
 from stablerep.evaluation.sets import read_labelled_set
 from stablerep.evaluation.statistics import PairedDifference, paired_difference
+from stablerep.machine import describe_machine
 
 RUN_TITLES = {"stablerep": "StableRep", "simclr": "SimCLR", "random": "random initialisation"}
 """The three sets of weights, in the order that is claimed."""
@@ -190,18 +189,6 @@ def choose_grid(root: Path) -> list[GridRow]:
     return chosen
 
 
-def describe_machine() -> dict[str, Any]:
-    """What the seconds were measured on."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "processor": _read_processor_name(),
-        "num_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "num_threads": torch.get_num_threads(),
-        "accelerator": device,
-        "system": f"{platform.system()} {platform.machine()}",
-    }
-
-
 def _explain_success(protocol: str, differences: Sequence[Difference]) -> str:
     parts = [
         f"{RUN_TITLES[found.above]} is {_points(found.difference)} points above {RUN_TITLES[found.below]} "
@@ -228,13 +215,3 @@ def _points(fraction: float) -> str:
 def _overlap(row: GridRow, other: GridRow) -> float:
     words, others = set(row.caption.split()), set(other.caption.split())
     return len(words & others) / len(words | others)
-
-
-def _read_processor_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -3,8 +3,8 @@
     steps.json    a record a step: command, fingerprint, seconds, whether it is done
     logs/         what each command printed
 
-A step is done again when its command, or that of a step that it builds on, or the model has changed. The file
-also marks the folder as a demo's.
+A step is done again when its command, that of a step that it builds on, the model or the code has changed. The
+file also marks the folder as a demo's.
 """
 
 import hashlib
@@ -21,8 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
-from stablerep import __version__
-from stablerep.demo.steps import Step
+from stablerep.demo.steps import Step, identify_sources
 
 RECORDS_FILE, LOGS_FOLDER = "steps.json", "logs"
 _SCHEMA = "stablerep-demo-1"
@@ -110,10 +109,10 @@ def run_steps(root: Path, steps: Sequence[Step]) -> list[Record]:
 
 
 def fingerprint_steps(steps: Sequence[Step]) -> dict[str, str]:
-    """Digest of each step's command, salt and inputs' digests, and of the version, by name."""
-    digests: dict[str, str] = {}
+    """Digest of each step's command, salt and inputs' digests, and of the code, by name."""
+    digests, sources = dict[str, str](), identify_sources()
     for step in steps:
-        facts = [__version__, step.command, step.salt, *(digests[name] for name in step.inputs)]
+        facts = [sources, step.command, step.salt, *(digests[name] for name in step.inputs)]
         digests[step.name] = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     return digests
 

@@ -186,6 +186,17 @@ def identify_config(name: str) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
+def identify_sources(*folders: Path) -> str:
+    """Digest of the names and contents of the Python files in these folders; by default both packages."""
+    package = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for folder in folders or (package, package.with_name("data_gen")):
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(f"{folder.name}/{path.relative_to(folder).as_posix()}\n".encode())
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
 def identify_model(model: str) -> str:
     """Digest of the names, sizes and times of a model folder's files; the name itself for a hub id."""
     package = Path(__file__).parents[2] / "data_gen"

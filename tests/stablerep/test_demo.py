@@ -11,6 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+import data_gen
+import stablerep
 from stablerep.cli import main
 from stablerep.demo import DemoConfig, run_demo
 from stablerep.demo.budget import FULL, QUICK, Budget
@@ -27,7 +29,7 @@ from stablerep.demo.results import (
     read_curves,
 )
 from stablerep.demo.runner import claim_folder, fingerprint_steps, read_last_line, run_steps
-from stablerep.demo.steps import CONFIG, Step, plan_steps
+from stablerep.demo.steps import CONFIG, Step, identify_sources, plan_steps
 from stablerep.evaluation.results import Provenance, Row, read_results, write_results
 from stablerep.evaluation.statistics import PairedDifference, paired_difference, wilson_interval
 
@@ -352,6 +354,28 @@ def test_changed_config_file_changes_the_trainings_and_what_follows(
         Path(CONFIG).write_text(content)
         found.append(fingerprint_steps(plan_steps(Path("demo"), QUICK, "embedded", 0)))
     assert [name for name in found[0] if found[0][name] == found[1][name]] == ["scenes", "generate"]
+
+
+def test_changed_code_has_every_step_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "package"
+    (package / "inner").mkdir(parents=True)
+    (package / "inner" / "module.py").write_text("a = 1")
+    (package / "table.txt").write_text("no code")
+    monkeypatch.setattr("stablerep.demo.runner.identify_sources", lambda: identify_sources(package))
+    step = scenes_step(tmp_path / "demo")
+    made = []
+    for path, content in [("table.txt", "other"), ("inner/module.py", "a = 2"), ("new.py", "")]:
+        run_steps(tmp_path / "demo", [step])
+        step.outputs[0].write_text("of the code before")
+        (package / path).write_text(content)
+        run_steps(tmp_path / "demo", [step])
+        made.append(step.outputs[0].read_text() != "of the code before")
+    assert made == [False, True, True]
+
+
+def test_the_code_that_counts_is_that_of_both_packages() -> None:
+    packages = [Path(stablerep.__file__).parent, Path(data_gen.__file__).parent]
+    assert identify_sources() == identify_sources(*packages) != identify_sources(packages[0])
 
 
 @pytest.mark.parametrize("budget", [FULL, QUICK])
