@@ -12,9 +12,11 @@ from stablerep.evaluation.reporting.markdown import build_table
 from stablerep.evaluation.reporting.model_index import build_eval_results
 from stablerep.evaluation.results import Provenance, Record, Row
 from stablerep.export.comparison import TOLERANCE, Comparison
+from stablerep.export.hub import TAG
 from stablerep.export.timm_files import WEIGHTS_FILE, bare_architecture
 from stablerep.export.training import TRAINING_FILE, DatasetFacts, Training
 from stablerep.loading import LoadedModel
+from stablerep.loading.clip_models import OPEN_CLIP_CONFIG
 
 CARD_FILE = "README.md"
 NO_LICENSE = "unknown"
@@ -65,8 +67,8 @@ def build_card(model: LoadedModel, facts: ModelFacts, training: Training, scores
         f"## Training data\n{_describe_data(model, training)}",
         f"## Training\n{_describe_training(training, facts)}",
         f"## Evaluation\n{_describe_scores(scores)}",
-        _INTENDED_USE,
-        _BIASES,
+        f"## Intended use\n{_describe_intended_use(training)}",
+        f"## Biases and limits\n{_describe_biases(training)}",
         f"## Licence\n{_describe_license(facts, training)}",
         f"## Checks\n{_describe_checks(facts)}",
         _CITATION,
@@ -74,20 +76,20 @@ def build_card(model: LoadedModel, facts: ModelFacts, training: Training, scores
     return "\n\n".join(sections) + "\n"
 
 
-_INTENDED_USE = """## Intended use
-Features of natural images for research: linear probes, nearest neighbours, fine-tuning, and comparisons of
-learning from generated images with learning from real ones. It has no classifier of its own.
-
+_NOT_MEANT_FOR = """\
 Not meant for decisions about people (identification, surveillance, hiring, credit, medicine, policing), nor
 for any use that rests on its answers without a check of one's own."""
 
-_BIASES = """## Biases and limits
+_OF_ANY_IMAGES = """\
+- A model learns what its training images show, with what they leave out and show in one way only: stereotypes
+  of people, places and professions among them. Measure on your own data first."""
+
+_OF_GENERATED_IMAGES = """\
 - Generated images teach what their generator can draw. What it leaves out, gets wrong or shows in one way
   only, this model has learnt in the same way: stereotypes of people, places and professions, prominent
   objects in the middle, few texts, few counts, few rare things.
 - The captions choose what was drawn. They have the language, region and interests of those who wrote them.
-- Features of photographs may differ from those of generated images; measure on your own data first.
-- None of this has been measured for this model beyond what stands under Evaluation."""
+- Features of photographs may differ from those of generated images; measure on your own data first."""
 
 _CITATION = """## Citation
 ```bibtex
@@ -106,13 +108,13 @@ def _build_header(facts: ModelFacts, training: Training, scores: Sequence[Record
     for provenance, rows in _group(scores):
         results.extend(build_eval_results(rows, provenance))
     further = ["open_clip", "zero-shot-image-classification"] if facts.has_open_clip else []
-    if any(dataset.manifest is not None for dataset in training.datasets):
+    if training.has_generated_images:
         further.append("synthetic-data")
     data = ModelCardData(
         license=facts.license,
         library_name="timm",
         pipeline_tag="image-feature-extraction",
-        tags=["timm", "transformers", "stablerep", "self-supervised-learning", *further],
+        tags=["timm", "transformers", TAG, "self-supervised-learning", *further],
         model_name=facts.name,
         eval_results=results or None,
     )
@@ -124,11 +126,18 @@ def _describe_model(model: LoadedModel, facts: ModelFacts, training: Training) -
     millions = sum(parameter.numel() for parameter in model.backbone.parameters()) / 1e6
     which = "the moving average of the weights" if facts.ema else "the weights of the last step"
     steps = "" if training.num_steps is None else f" after {training.num_steps} steps"
-    origin = (
-        "Weights that the authors of StableRep published, in the files of other libraries."
-        if model.kind == "stablerep"
-        else f"A vision encoder trained with `stablerep fit`: {which}{steps}."
-    )
+    if model.kind == "stablerep":
+        origin = "Weights in the form in which the authors of StableRep publish theirs."
+    elif model.kind == "weights":
+        origin = (
+            "Weights of a vision transformer, from a file that says nothing else: its heads, the mean and "
+            "deviation of its input, and the crop are assumed."
+        )
+    else:
+        trained = (
+            "trained with `stablerep fit`" if training.config is not None else "from a training checkpoint"
+        )
+        origin = f"A vision encoder {trained}: {which}{steps}."
     rows = {
         "architecture": f"`{bare_architecture(model)}`"
         + (f" with `{json.dumps(dict(facts.model_args))}`" if facts.model_args else ""),
@@ -177,18 +186,30 @@ model = timm.create_model(
 model, processor = AutoModel.from_pretrained("{place}"), AutoImageProcessor.from_pretrained("{place}")
 features = model(**processor(image)).pooler_output""",
     ]
+    has_to_be_told = facts.open_clip_is_elsewhere and facts.location is None
     if facts.has_open_clip:
-        blocks.append(f"""import open_clip
+        loading = (
+            f"""import json
+from pathlib import Path
 
-model, preprocess = open_clip.create_model_from_pretrained("{source}")
+import open_clip
+
+config = json.loads(Path("DIR", "{OPEN_CLIP_CONFIG}").read_text())
+tower = config["model_cfg"]["vision_cfg"] | {{"timm_model_name": "{source}"}}
+model, preprocess = open_clip.create_model_from_pretrained("{source}", vision_cfg=tower)"""
+            if has_to_be_told
+            else f"""import open_clip
+
+model, preprocess = open_clip.create_model_from_pretrained("{source}")"""
+        )
+        blocks.append(f"""{loading}
 tokens = open_clip.get_tokenizer("{source}")(["a photo of a dog", "a photo of a cat"])
 images = model.encode_image(preprocess(image).unsqueeze(0), normalize=True)
 texts = model.encode_text(tokens, normalize=True)
 probabilities = (model.logit_scale.exp() * images @ texts.T).softmax(dim=-1)""")
-    loading = "DIR" if facts.location is None else f"hf-hub:{place}"
     blocks.append(f"""import stablerep
 
-backbone, transform = stablerep.load_model("{loading}")""")
+backbone, transform = stablerep.load_model("{"DIR" if facts.location is None else source}")""")
     text = "\n\n".join(f"```python\n{block}\n```" for block in blocks)
     notes = []
     if facts.has_open_clip:
@@ -196,11 +217,11 @@ backbone, transform = stablerep.load_model("{loading}")""")
             "open_clip resizes the shorter side to the input's size itself and crops nothing of a square "
             "image; the other libraries crop as in the table above."
         )
-    if facts.open_clip_is_elsewhere and facts.location is None:
+    if has_to_be_told:
         notes.append(
-            "No name of timm describes this backbone, so open_clip_config.json names the folder that it lies "
-            "in (`timm_model_name`): change it there when the folder is moved. `stablerep export --push` "
-            "names the repository."
+            "No name of timm describes this backbone, so open_clip_config.json names its folder "
+            "(`timm_model_name`). open_clip looks for it from where Python is started, unless it is told as "
+            "above. `stablerep export --push` names the repository."
         )
     return "\n\n".join([text, *notes])
 
@@ -208,12 +229,15 @@ backbone, transform = stablerep.load_model("{loading}")""")
 def _describe_data(model: LoadedModel, training: Training) -> str:
     if not training.datasets:
         known = (
-            "The file of the authors does not say; their paper does."
+            "Not recorded: the checkpoint lay outside of its run's folder."
+            if model.kind == "checkpoint"
+            else "Not recorded: such a file does not say. Of the authors' own, their paper does."
             if model.kind == "stablerep"
-            else "Not recorded: the checkpoint lay outside of its run's folder."
+            else "Not recorded: such a file does not say."
         )
         return known
-    return "\n\n".join(_describe_dataset(dataset) for dataset in training.datasets)
+    found = "What the datasets' own files said when this card was written; the checkpoint does not say it."
+    return "\n\n".join([found, *(_describe_dataset(dataset) for dataset in training.datasets)])
 
 
 def _describe_dataset(dataset: DatasetFacts) -> str:
@@ -222,8 +246,8 @@ def _describe_dataset(dataset: DatasetFacts) -> str:
     if manifest is None:
         return f"{title}\nIts `dataset.json` could not be read when this card was written."
     rows = {
-        "images": f"{manifest.num_images_per_caption} of each of {manifest.num_captions} planned captions, "
-        "all of them generated",
+        "images": f"generated, {manifest.num_images_per_caption} planned for each of {manifest.num_captions} "
+        "captions",
         "captions from": _code(manifest.captions_source),
         **{
             f"generator: {name}": _code(value)
@@ -256,6 +280,23 @@ def _describe_training(training: Training, facts: ModelFacts) -> str:
         rows["weights"] = "moving average"
     lines = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return f"{where}\n\n| | |\n|---|---|\n{lines}" if rows else where
+
+
+def _describe_intended_use(training: Training) -> str:
+    further = (
+        ", and comparisons of learning from generated images with learning from real ones"
+        if training.has_generated_images
+        else ""
+    )
+    return (
+        "Features of natural images for research: linear probes, nearest neighbours, fine-tuning"
+        f"{further}. It has no classifier of its own.\n\n{_NOT_MEANT_FOR}"
+    )
+
+
+def _describe_biases(training: Training) -> str:
+    known = _OF_GENERATED_IMAGES if training.has_generated_images else _OF_ANY_IMAGES
+    return f"{known}\n- None of this has been measured for this model beyond what stands under Evaluation."
 
 
 def _describe_scores(scores: Sequence[Record]) -> str:

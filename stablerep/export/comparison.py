@@ -17,7 +17,12 @@ from torch import Tensor
 
 from stablerep.export.timm_files import CONFIG_FILE, WEIGHTS_FILE
 from stablerep.loading import EvaluationTransform, LoadedModel, load_model
-from stablerep.loading.clip_models import LOCAL_FOLDER, OPEN_CLIP_CONFIG, kept_root_logger
+from stablerep.loading.clip_models import (
+    LOCAL_FOLDER,
+    OPEN_CLIP_CONFIG,
+    kept_root_logger,
+    place_image_tower,
+)
 
 TOLERANCE = 1e-5
 """Largest difference of any output, absolute; on one machine in float32 most are equal bit for bit."""
@@ -44,7 +49,8 @@ def compare_forms(folder: Path, model: LoadedModel) -> list[Comparison]:
     """Loads each form back and compares its outputs on fixed images and texts with the source's.
 
     Args:
-        folder: The export; open_clip's files are compared where they are.
+        folder: The export, as it stays; where its open_clip_config.json names a folder to be, open_clip is
+            told where that is now.
         model: The source.
 
     Raises:
@@ -171,8 +177,10 @@ def _check_open_clip(folder: Path, model: LoadedModel) -> Iterator[tuple[str, Te
     import open_clip
 
     name = f"{LOCAL_FOLDER}{folder}"
+    config = json.loads((folder / OPEN_CLIP_CONFIG).read_text(encoding="utf-8"))
+    place = place_image_tower(folder, config["model_cfg"]["vision_cfg"])
     with kept_root_logger():
-        loaded, preprocess = open_clip.create_model_from_pretrained(name)
+        loaded, preprocess = open_clip.create_model_from_pretrained(name, **place)
         tokenize = open_clip.get_tokenizer(name)
     _freeze(loaded)
     form = model.input_format
@@ -180,9 +188,7 @@ def _check_open_clip(folder: Path, model: LoadedModel) -> Iterator[tuple[str, Te
     yield "open_clip: images", loaded.encode_image(images, normalize=True), model.encode_images(images)
     tokens = tokenize(_TEXTS)
     yield "open_clip: texts", loaded.encode_text(tokens, normalize=True), model.encode_texts(_TEXTS)
-    scale = loaded.logit_scale.detach().exp()
-    # Of a scale of up to 100, the relative difference is what changes a probability.
-    yield "open_clip: logit_scale", scale / model.logit_scale, torch.ones_like(scale)
+    yield "open_clip: logit_scale", *_compare_scales(loaded.logit_scale.exp().item(), model)
     picture = draw_picture(form.image_size, form.image_size)  # neither resized nor cropped
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (form.mean, form.std))
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
@@ -195,3 +201,13 @@ def _check_own_loading(folder: Path, model: LoadedModel) -> Iterator[tuple[str, 
         raise ValueError(f"its input is {loaded.input_format}, expected {model.input_format}")
     images = draw_images(model.input_format.image_size)
     yield "stablerep.load_model: features", loaded.extract(images)["cls"], model.extract(images)["cls"]
+    if loaded.logit_scale is not None:
+        yield "stablerep.load_model: images", loaded.encode_images(images), model.encode_images(images)
+        yield "stablerep.load_model: texts", loaded.encode_texts(_TEXTS), model.encode_texts(_TEXTS)
+        yield "stablerep.load_model: logit_scale", *_compare_scales(loaded.logit_scale, model)
+
+
+def _compare_scales(scale: float, model: LoadedModel) -> tuple[Tensor, Tensor]:
+    """Of a scale of up to 100, the relative difference is what changes a probability."""
+    assert model.logit_scale is not None
+    return torch.tensor(scale / model.logit_scale), torch.tensor(1.0)

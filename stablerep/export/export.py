@@ -9,9 +9,10 @@
     SHA256SUMS                    for `sha256sum -c SHA256SUMS`
 
 The folder is written beside its final name, loaded back through each library and compared with the source,
-and only then moved into place: it is there whole, or not at all.
+and only then moved into place: it is there whole, or not at all. No file names a folder of the machine.
 """
 
+import glob
 import os
 import secrets
 import shutil
@@ -21,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stablerep.export.card import CARD_FILE, ModelFacts, build_card
-from stablerep.export.checksums import CHECKSUMS_FILE, write_checksums
+from stablerep.export.checksums import CHECKSUMS_FILE, find_change, write_checksums
 from stablerep.export.comparison import Comparison, compare_forms
-from stablerep.export.hub import check_repository, push_folder
+from stablerep.export.hub import check_push, check_repository, push_folder
 from stablerep.export.open_clip_files import (
     OPEN_CLIP_WEIGHTS,
     find_image_tower,
@@ -53,26 +54,27 @@ class ExportConfig:
     """What to export, and where to."""
 
     checkpoint: str
-    """Checkpoint that `stablerep fit` wrote, or the authors' .pth; it may stand alone as the first word."""
+    """Checkpoint that `stablerep fit` wrote, the authors' .pth, or a vision transformer's weights; it may
+    stand alone as the first word."""
     output: str
     """Folder to write; it must not be there yet, or be empty."""
     ema: bool = False
     """Export the moving average of the weights (`model.optimizer.ema_decay`) in place of the weights."""
     overwrite: bool = False
-    """Replace an earlier export in the output folder."""
+    """Replace an earlier export in the output folder, if its files are as they were written."""
     name: str | None = None
     """What the model card calls the model; null takes the output folder's name."""
     license: str = "unknown"
     """Licence of the weights, an identifier of the hub such as apache-2.0; it depends on the generator and on
     the captions, so none is assumed."""
     results: str | None = None
-    """results.jsonl of `stablerep evaluate`, or its folder, for the model card; rows of other weights are
+    """results.jsonl of `stablerep evaluate`, or its folder, for the model card; rows of other models are
     refused."""
     push: str | None = None
-    """ORG/NAME: upload the folder to the Hugging Face hub, with the token of `hf auth login`; the training
-    config goes with it as it is."""
+    """ORG/NAME: upload the folder to the Hugging Face hub, with the token of `hf auth login`, in place of an
+    earlier export; the repository of another model is refused."""
     private: bool = False
-    """Make the repository on the hub a private one."""
+    """Make the repository on the hub a private one; a public one is refused."""
 
     def __post_init__(self) -> None:
         if not self.license.strip() or "\n" in self.license:
@@ -112,12 +114,15 @@ def run(config: ExportConfig) -> int:
         OSError: As for `main`.
     """
     output = Path(config.output)
+    _restore_former(output)
     _check_output(output, config.overwrite)
+    if config.push is not None:
+        check_push(config.push, private=config.private)
     model = load_model(config.checkpoint, ema=config.ema)
-    if model.kind not in ("checkpoint", "stablerep"):
+    if model.kind not in ("checkpoint", "stablerep", "weights"):
         raise ValueError(
-            f"export takes a checkpoint of stablerep fit or the authors' weights, got {config.checkpoint}, "
-            f"a model of {model.kind}"
+            "export takes a checkpoint of stablerep fit, the authors' weights or those of a vision "
+            f"transformer, got {config.checkpoint}, a model of {model.kind}"
         )
     scores = read_scores(config.results, model) if config.results else []
     training = read_training(Path(config.checkpoint))
@@ -127,10 +132,8 @@ def run(config: ExportConfig) -> int:
         write_timm_files(folder, model, config.license)
         if note is None:
             write_open_clip_weights(folder, model, config.license)
-            write_open_clip_config(folder, model, tower or f"{LOCAL_FOLDER}{folder}")
+            write_open_clip_config(folder, model, tower or f"{LOCAL_FOLDER}{_name_place(output)}")
         comparisons = compare_forms(folder, model)
-        if note is None and tower is None:  # so far it named the folder that it was checked in
-            write_open_clip_config(folder, model, f"{LOCAL_FOLDER}{output.resolve()}")
         training.write(folder)
         facts = ModelFacts(
             name=config.name or output.resolve().name,
@@ -147,8 +150,13 @@ def run(config: ExportConfig) -> int:
             shutil.copymode(folder / CARD_FILE, path)
         write_checksums(folder)
     print(_describe(output, model, comparisons, note))
+    if facts.open_clip_is_elsewhere:
+        print(
+            f"open_clip looks for the backbone in {_name_place(output)}, seen from where Python is started; "
+            f"{CARD_FILE} shows how it is told another place"
+        )
     if config.push is not None:
-        address = push_folder(output, config.push, private=config.private)
+        address = push_folder(output, config.push, _OWN_FILES, private=config.private)
         print(f"pushed to {address}")
     return 0
 
@@ -163,6 +171,22 @@ def _check_output(output: Path, overwrite: bool) -> None:
         raise ValueError(f"output {output} is not empty: name another folder, or --overwrite an export")
     if others := sorted(path.name for path in output.iterdir() if path.name not in _OWN_FILES):
         raise ValueError(f"output {output} holds {others[0]}, which is of no export: it is not replaced")
+    if change := find_change(output):
+        raise ValueError(f"output {output} {change}: it is not replaced")
+
+
+def _name_place(output: Path) -> str:
+    """The folder as the user calls it, without what leads there on this machine."""
+    return output.resolve().name if output.is_absolute() or not output.name else output.as_posix()
+
+
+def _restore_former(output: Path) -> None:
+    """Puts an export back that a kill has left under another name, between two renames."""
+    if not output.exists():
+        folder = output.resolve()
+        for former in folder.parent.glob(f".{glob.escape(folder.name)}.*.former"):
+            os.replace(former, output)
+            return
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,11 @@ import huggingface_hub.utils
 
 from stablerep.export.checksums import CHECKSUMS_FILE, write_checksums
 from stablerep.loading.clip_models import HUB, LOCAL_FOLDER, OPEN_CLIP_CONFIG
+
+TAG = "stablerep"
+"""What the cards of exports are tagged with, and so their repositories."""
+
+_OF_THE_HUB = ".gitattributes"
 
 
 def check_repository(repository: str) -> None:
@@ -29,7 +35,28 @@ def check_repository(repository: str) -> None:
         raise ValueError(f"push must be ORG/NAME, got {repository}")
 
 
-def push_folder(folder: Path, repository: str, *, private: bool = False) -> str:
+def check_push(repository: str, *, private: bool) -> None:
+    """Refuses an upload that could not be, before the work.
+
+    Args:
+        repository: ORG/NAME; it need not be there.
+        private: Whether it must be a private one.
+
+    Raises:
+        ValueError: If there is no token.
+        OSError: If the hub is out of reach, or the repository is public or another model's.
+    """
+    if huggingface_hub.get_token() is None:
+        raise ValueError("push needs a token of the Hugging Face hub: hf auth login")
+    try:
+        _check_owner(_open_hub(), repository, private)
+    except huggingface_hub.errors.RepositoryNotFoundError:
+        return
+    except Exception as error:  # the hub's client hands on what its library for requests raises
+        raise OSError(f"cannot push to {repository}: {_reason(error)}") from error
+
+
+def push_folder(folder: Path, repository: str, own_files: Collection[str], *, private: bool = False) -> str:
     """Uploads an export in one commit.
 
     Where open_clip's file names the folder, it names the repository there.
@@ -37,28 +64,54 @@ def push_folder(folder: Path, repository: str, *, private: bool = False) -> str:
     Args:
         folder: The export; it stays as it is.
         repository: ORG/NAME; made if it is not there.
-        private: Whether it is made a private one.
+        own_files: The names that exports have: those of an earlier one that this has not are deleted.
+        private: Whether it is made a private one; one that is public already gets nothing.
 
     Returns:
         The repository's address.
 
     Raises:
-        OSError: If the hub refuses, or is out of reach.
+        OSError: If the hub refuses, or is out of reach, or the repository is public or another model's.
     """
-    api = huggingface_hub.HfApi(library_name="stablerep")
+    api = _open_hub()
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.resolve().parent) as temporary:
         copy = Path(temporary) / folder.name
         shutil.copytree(folder, copy, copy_function=_link)
         _name_repository(copy, repository)
         try:
+            # Of a repository that is there already, the hub does not look at what `private` asks for.
             address = api.create_repo(repository, private=private, exist_ok=True)
+            _check_owner(api, repository, private)
             api.upload_folder(
-                repo_id=repository, folder_path=copy, commit_message="Model exported by stablerep"
+                repo_id=repository,
+                folder_path=copy,
+                commit_message="Model exported by stablerep",
+                delete_patterns=sorted(own_files),
             )
-        except (huggingface_hub.errors.HfHubHTTPError, ValueError, RuntimeError, OSError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise OSError(f"{folder} is written, but not pushed to {repository}: {reason}") from error
+        except Exception as error:  # the hub's client hands on what its library for requests raises
+            raise OSError(
+                f"{folder} is written, but not pushed to {repository}: {_reason(error)}; the same command "
+                "with --overwrite tries again"
+            ) from error
     return str(address)
+
+
+def _open_hub() -> Any:
+    return huggingface_hub.HfApi(library_name="stablerep")
+
+
+def _check_owner(api: Any, repository: str, private: bool) -> None:
+    """Refuses what would publish against the user's word, or replace the files of another model."""
+    found = api.model_info(repository)
+    if private and not found.private:
+        raise ValueError("it is a public repository, and --private asks for a private one")
+    names = {sibling.rfilename for sibling in found.siblings or []} - {_OF_THE_HUB}
+    if names and TAG not in (found.tags or []):
+        raise ValueError(f"it holds {min(names)}, and no card with the tag {TAG}: name another repository")
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _link(source: str, target: str) -> str:

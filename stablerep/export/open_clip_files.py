@@ -7,7 +7,8 @@
     text_head.logit_scale [1]               logit_scale []
 
 open_clip builds an image tower of timm from a name alone. A backbone that such a name does not describe is
-named by its folder instead (`local-dir:`), whose config.json says the rest, or by its id on the hub.
+named by its folder instead (`local-dir:`), whose config.json says the rest, or by its id on the hub. The
+folder is named as the user does, never by the way to it on this machine.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The figures of `stablerep evaluate` that are of the exported weights."""
+"""The figures of `stablerep evaluate` that are of the exported model."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from stablerep.loading import LoadedModel
 
 
 def read_scores(path_text: str, model: LoadedModel) -> list[Record]:
-    """The rows of a results file that are of these weights.
+    """The rows of a results file that are of this model: of its weights, and of what is done with them.
 
     Args:
         path_text: results.jsonl, or its folder.
@@ -15,16 +15,26 @@ def read_scores(path_text: str, model: LoadedModel) -> list[Record]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it cannot be read, or has no row of these weights.
+        ValueError: If it cannot be read, or has no row of this model.
     """
     path = _find_file(Path(path_text))
     records = read_records(path)
-    own = [record for record in records if record.provenance.hashes["weights"] == model.digest]
-    if not own:
+    of_weights = [record for record in records if record.provenance.hashes["weights"] == model.digest]
+    if not of_weights:
         found = ", ".join(dict.fromkeys(record.provenance.hashes["weights"][:12] for record in records))
         raise ValueError(
             f"results {path} has no row of these weights ({model.digest[:12]}); its rows are of "
             f"{found or 'none'}"
+        )
+    own = [
+        record
+        for record in of_weights
+        if record.provenance.hashes.get("architecture") == model.forward_digest
+    ]
+    if not own:
+        raise ValueError(
+            f"results {path} has rows of these weights, but of another architecture or other versions of "
+            "libraries: evaluate the checkpoint again"
         )
     return own
 

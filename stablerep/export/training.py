@@ -1,6 +1,7 @@
 """How a checkpoint was trained, and on what: from the run's folder, and the datasets' own files."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -9,11 +10,15 @@ import yaml
 
 from data_gen.shards import DatasetManifest, open_store, read_manifest
 from stablerep.backbones import is_checkpoint
+from stablerep.export.privacy import publish_settings
 from stablerep.loading.official import read_weights
 
 TRAINING_FILE = "training_config.yaml"
 _RUN_CONFIG, _CHECKPOINTS = "config.yaml", "checkpoints"
 _DATASET_CARD, _NO_LICENSE = "README.md", "unknown"
+_HEADING = """# How it was trained. Absolute paths are cut to their last part, user and password are cut
+# out of addresses, and of loggers the classes alone are left.
+"""
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,7 @@ class DatasetFacts:
 
     Attributes:
         name: The last part of its folder, so that no folder of this machine is published.
-        manifest: Its dataset.json; None where it is not there any more, or not of this project.
+        manifest: Its dataset.json as it is now; None where it is not there any more, or not of this project.
         license: What its card states; "unknown" if it states nothing.
     """
 
@@ -36,13 +41,13 @@ class Training:
     """What is known of a training.
 
     Attributes:
-        config: The run's whole configuration, as text; None where the run's folder is not there.
-        model: The hyper-parameters that the checkpoint holds.
+        config: The run's configuration as it may be published; None where the run's folder is not there.
+        model: The hyper-parameters that the checkpoint holds, likewise.
         num_steps: Optimizer steps until then.
         datasets: On what.
     """
 
-    config: str | None = None
+    config: Mapping[str, Any] | None = None
     model: Mapping[str, Any] = field(default_factory=dict)
     num_steps: int | None = None
     datasets: tuple[DatasetFacts, ...] = ()
@@ -52,21 +57,25 @@ class Training:
         """Whether there is anything to write down."""
         return self.config is not None or bool(self.model)
 
+    @property
+    def has_generated_images(self) -> bool:
+        """Whether a dataset of `stablerep generate` was found."""
+        return any(dataset.manifest is not None for dataset in self.datasets)
+
     def write(self, folder: Path) -> None:
-        """Writes training_config.yaml: the run's configuration as it is, or else the hyper-parameters."""
-        if self.config is not None:
-            text = self.config
-        elif self.model:
-            text = yaml.safe_dump({"model": dict(self.model)}, sort_keys=False, allow_unicode=True)
-        else:
+        """Writes training_config.yaml: the run's configuration, or else the hyper-parameters."""
+        if not self.is_known:
             return
-        (folder / TRAINING_FILE).write_text(text, encoding="utf-8")
+        settings = {"model": dict(self.model)} if self.config is None else dict(self.config)
+        text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+        (folder / TRAINING_FILE).write_text(f"{_HEADING}{text}", encoding="utf-8")
 
 
 def read_training(checkpoint: Path) -> Training:
     """What a checkpoint, the folder of its run and the datasets that it names tell.
 
-    Datasets that are gone are named and no more: an export does not need them.
+    Datasets that are gone are named and no more: an export does not need them. A relative name of one is that
+    of the folder in which the run was started.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
@@ -75,38 +84,66 @@ def read_training(checkpoint: Path) -> Training:
     content = read_weights(checkpoint)
     if not is_checkpoint(content):
         return Training()
-    config = _read_run_config(checkpoint)
+    folder = _find_run(checkpoint)
+    config = None if folder is None else _read_run_config(folder)
     steps = content.get("global_step")
     return Training(
-        config=config,
-        model=_plain(content.get("hyper_parameters") or {}),
+        config=None if config is None else publish_settings(config),
+        model=publish_settings(_plain(content.get("hyper_parameters") or {})),
         num_steps=int(steps) if isinstance(steps, int) else None,
-        datasets=tuple(_read_dataset(root) for root in _find_roots(config)),
+        datasets=() if folder is None else tuple(_read_datasets(folder, config or {})),
     )
 
 
-def _read_run_config(checkpoint: Path) -> str | None:
-    """The configuration of the run to whose `checkpoints` folder the file belongs."""
-    folder = checkpoint.resolve().parent
-    path = folder.parent / _RUN_CONFIG
-    if folder.name != _CHECKPOINTS or not path.is_file():
-        return None
-    return path.read_text(encoding="utf-8")
+def _find_run(checkpoint: Path) -> Path | None:
+    """The folder of the run to whose `checkpoints` folder the file belongs."""
+    for path in (Path(os.path.abspath(checkpoint)), checkpoint.resolve()):
+        folder = path.parent.parent
+        if path.parent.name == _CHECKPOINTS and (folder / _RUN_CONFIG).is_file():
+            return folder
+    return None
 
 
-def _find_roots(config: str | None) -> list[str]:
-    if config is None:
-        return []
+def _read_run_config(folder: Path) -> dict[str, Any] | None:
     try:
-        data = (yaml.safe_load(config) or {}).get("data") or {}
+        config = yaml.safe_load((folder / _RUN_CONFIG).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return None
+    return config if isinstance(config, dict) else None
+
+
+def _read_datasets(folder: Path, config: Mapping[str, Any]) -> Iterator[DatasetFacts]:
+    start = _find_start(folder, config.get("output"))
+    for root in _find_roots(config):
+        name = PurePosixPath(root.rstrip("/")).name or root
+        is_relative = "://" not in root and not Path(root).is_absolute()
+        if not is_relative:
+            yield _read_dataset(name, root)
+        elif start is not None:
+            yield _read_dataset(name, str(start / root))
+        else:
+            yield DatasetFacts(name)
+
+
+def _find_start(folder: Path, output: Any) -> Path | None:
+    """Where `stablerep fit` was started, from the run's folder and the relative name that it was given."""
+    path = Path(str(output or ""))
+    if path.is_absolute() or not path.parts or ".." in path.parts:
+        return None
+    start = folder.parents[len(path.parts) - 1] if len(path.parts) <= len(folder.parents) else folder
+    return start if (start / path).parent == folder.parent else None  # else it was moved
+
+
+def _find_roots(config: Mapping[str, Any]) -> list[str]:
+    try:
+        data = config.get("data") or {}
         roots = [entry["root"] for entry in data.get("roots") or []]
         return [str(root) for root in roots or [data.get("root")] if root]
-    except (yaml.YAMLError, AttributeError, KeyError, TypeError):
-        return []  # it is copied all the same
+    except (AttributeError, KeyError, TypeError):
+        return []  # it is written all the same
 
 
-def _read_dataset(root: str) -> DatasetFacts:
-    name = PurePosixPath(root.rstrip("/")).name or root
+def _read_dataset(name: str, root: str) -> DatasetFacts:
     try:
         store = open_store(root)
         return DatasetFacts(name, read_manifest(store), _read_license(store))

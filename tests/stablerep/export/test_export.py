@@ -2,12 +2,17 @@
 
 import json
 import math
+import socket
 import subprocess
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
+import huggingface_hub.constants
 import huggingface_hub.errors
 import open_clip
 import pytest
@@ -22,9 +27,10 @@ from transformers import AutoImageProcessor, AutoModel
 
 from stablerep.cli import main
 from stablerep.evaluation.results import Provenance, Row, write_results
-from stablerep.export import timm_files
+from stablerep.export import comparison, timm_files
+from stablerep.export import export as export_module
 from stablerep.export.export import ExportConfig, run
-from stablerep.loading import EvaluationTransform, load_model
+from stablerep.loading import EvaluationTransform, LoadedModel, load_model
 from stablerep.text import TextConfig, build_text_tower
 from tests.stablerep.datasets import write_dataset
 from tests.stablerep.models import (
@@ -60,6 +66,75 @@ def fails(tmp_path: Path, capsys: pytest.CaptureFixture[str], *options: str, nam
 
 def names_in(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
+
+
+def section(card: str, heading: str) -> str:
+    return card.split(f"\n## {heading}\n")[1].split("\n## ")[0].strip()
+
+
+# ---- the hub
+
+
+@dataclass
+class Repository:
+    private: bool
+    files: dict[str, bytes] = field(default_factory=lambda: {".gitattributes": b""})
+
+    @property
+    def siblings(self) -> list[Any]:
+        return [SimpleNamespace(rfilename=name) for name in self.files]
+
+    @property
+    def tags(self) -> list[str]:
+        header = self.files.get("README.md", b"").decode().split("---\n")[1:2]
+        return yaml.safe_load(header[0])["tags"] if header else []
+
+
+class Hub:
+    """Does what the hub does, for one repository."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+        self.repositories: dict[str, Repository] = {}
+
+    def __call__(self, **options: Any) -> "Hub":
+        return self
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """What is in the repository that the tests push to."""
+        files = self.repositories["someone/model"].files
+        return {name: content for name, content in files.items() if name != ".gitattributes"}
+
+    def model_info(self, repo_id: str) -> Repository:
+        if repo_id not in self.repositories:
+            response: Any = SimpleNamespace(headers={}, request=None)
+            raise huggingface_hub.errors.RepositoryNotFoundError("404", response=response)
+        return self.repositories[repo_id]
+
+    def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> str:
+        if self.error:
+            raise self.error
+        assert exist_ok
+        self.repositories.setdefault(repo_id, Repository(private))  # one that is there stays as it is
+        return f"https://hub/{repo_id}"
+
+    def upload_folder(
+        self, *, repo_id: str, folder_path: Path, commit_message: str, delete_patterns: list[str]
+    ) -> None:
+        assert commit_message
+        files = self.repositories[repo_id].files
+        for name in [name for name in files for pattern in delete_patterns if fnmatch(name, pattern)]:
+            del files[name]
+        files |= {path.name: path.read_bytes() for path in folder_path.iterdir()}
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
+    hub = Hub()
+    monkeypatch.setattr(huggingface_hub, "HfApi", hub)
+    monkeypatch.setenv("HF_TOKEN", "a token")
+    return hub
 
 
 # ---- timm and transformers
@@ -169,9 +244,13 @@ def test_official_weights_are_exported(tmp_path: Path) -> None:
     assert names_in(folder) == TIMM_FILES - {"training_config.yaml"}
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     assert torch.equal(model(draw_images(24)), vit(draw_images(24)))
+    text = (folder / "README.md").read_text()
+    assert "from a file that says nothing else" in text
+    assert "authors of StableRep" not in text  # a backbone alone may be anybody's
+    assert section(text, "Training data") == "Not recorded: such a file does not say."
 
 
-def test_official_towers_are_exported(tmp_path: Path) -> None:
+def test_official_towers_are_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"patch_size": 8, "depth": 2, "embed_dim": 64, "num_heads": 1, "img_size": 24}
     vit = disturb(timm.create_model("vit_base_patch16_224", num_classes=0, **options)).eval()
     tower = build_text_tower(TextConfig(out_features=6, width=64, num_layers=2, num_heads=1)).eval()
@@ -180,7 +259,12 @@ def test_official_towers_are_exported(tmp_path: Path) -> None:
     torch.save(
         {"model": weights | {"image_projection": matrix, "logit_scale": torch.ones(())}}, tmp_path / "a.ckpt"
     )
-    model = open_clip.create_model(f"local-dir:{export(tmp_path)}").eval()
+    folder = export(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    model = open_clip.create_model(f"local-dir:{folder}").eval()
+    assert (
+        "in the form in which the authors of StableRep publish theirs" in (folder / "README.md").read_text()
+    )
     torch.testing.assert_close(model.encode_image(draw_images(24)), vit(draw_images(24)) @ matrix)
     tokens = open_clip.SimpleTokenizer()(TEXTS)
     torch.testing.assert_close(model.encode_text(tokens), tower(tokens))
@@ -190,7 +274,7 @@ def test_official_towers_are_exported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("by_name", [True, False])
-def test_open_clip_loads_both_towers(tmp_path: Path, by_name: bool) -> None:
+def test_open_clip_loads_both_towers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_name: bool) -> None:
     options: dict[str, Any] = (
         {"backbone": "test_vit", "backbone_options": {}, "image_size": 160} if by_name else {}
     )
@@ -199,7 +283,8 @@ def test_open_clip_loads_both_towers(tmp_path: Path, by_name: bool) -> None:
     assert names_in(folder) == TIMM_FILES | OPEN_CLIP_FILES
     name = f"local-dir:{folder}"
     tower = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]["vision_cfg"]
-    assert tower["timm_model_name"] == ("test_vit" if by_name else name)
+    assert tower["timm_model_name"] == ("test_vit" if by_name else "local-dir:out")
+    monkeypatch.chdir(tmp_path)
     model, preprocess = open_clip.create_model_from_pretrained(name)
     model.eval()
     images = draw_images(160 if by_name else 16)
@@ -228,10 +313,30 @@ def test_exported_towers_load_as_the_checkpoint_does_wherever_the_folder_goes(tm
     assert loaded.logit_scale == pytest.approx(source.logit_scale)
 
 
-def test_gelu_text_tower_passes_through(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path / "a.ckpt", TextConfig(**SMALL_TEXT, quick_gelu=False))
-    config = json.loads((export(tmp_path) / "open_clip_config.json").read_text())
-    assert config["model_cfg"]["quick_gelu"] is False
+def test_towers_are_found_by_the_name_that_the_user_gives_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = save_checkpoint(tmp_path / "a.ckpt", TextConfig(**SMALL_TEXT))
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", "a.ckpt", "--output", "runs/out"]) == 0
+    assert "open_clip looks for the backbone in runs/out" in capsys.readouterr().out
+    model = open_clip.create_model("local-dir:runs/out").eval()
+    assert module.text_head is not None
+    expected = module.text_head.image_projection(module.backbone(draw_images()))
+    torch.testing.assert_close(model.encode_image(draw_images()), expected)
+
+
+@pytest.mark.parametrize("quick_gelu", [True, False])
+def test_gelu_of_the_text_tower_passes_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_gelu: bool
+) -> None:
+    module = save_checkpoint(tmp_path / "a.ckpt", TextConfig(**SMALL_TEXT, quick_gelu=quick_gelu))
+    folder = export(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    model = open_clip.create_model(f"local-dir:{folder}").eval()
+    tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(TEXTS)
+    assert module.text_tower is not None
+    torch.testing.assert_close(model.encode_text(tokens), module.text_tower(tokens))
 
 
 def test_mlp_projection_is_refused_for_open_clip_alone(
@@ -277,12 +382,26 @@ def test_an_export_that_cannot_be_loaded_fails(
     assert "the export cannot be loaded back (timm folder): RuntimeError" in fails(tmp_path, capsys)
 
 
+def test_a_way_back_that_loses_the_texts_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path / "a.ckpt", TextConfig(**SMALL_TEXT))
+
+    def load_damaged(path: Path) -> Any:
+        model = load_model(path)
+        model.text.text_projection = torch.nn.Linear(6, 6)  # type: ignore[union-attr]
+        return model
+
+    monkeypatch.setattr(comparison, "load_model", load_damaged)
+    assert "differs from its source: stablerep.load_model: texts by" in fails(tmp_path, capsys)
+
+
 def test_not_finite_weights_are_not_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_checkpoint(tmp_path / "a.ckpt")
     content = torch.load(tmp_path / "a.ckpt", weights_only=True)
     content["state_dict"]["backbone.norm.bias"][0] = math.nan
     torch.save(content, tmp_path / "a.ckpt")
-    assert "timm, local-dir: features by nan" in fails(tmp_path, capsys)
+    assert "weight backbone.norm.bias is not finite" in fails(tmp_path, capsys)
 
 
 def test_a_folder_that_is_not_empty_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -294,6 +413,33 @@ def test_a_folder_that_is_not_empty_is_refused(tmp_path: Path, capsys: pytest.Ca
     assert (tmp_path / "out" / "precious.txt").read_text() == "precious"
     (tmp_path / "file").write_text("x")
     assert "is not a folder" in fails(tmp_path, capsys, name="file")
+
+
+def test_only_an_export_as_it_was_written_is_replaced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_checkpoint(tmp_path / "a.ckpt")
+    of_others = tmp_path / "downloaded"
+    of_others.mkdir()
+    (of_others / "config.json").write_text("{}")
+    assert "holds no SHA256SUMS" in fails(tmp_path, capsys, "--overwrite", name="downloaded")
+    card = export(tmp_path) / "README.md"
+    card.write_text(f"{card.read_text()}\nWhat we found.\n")
+    assert "holds README.md, which is not what SHA256SUMS says" in fails(tmp_path, capsys, "--overwrite")
+    assert "What we found." in card.read_text()
+    assert (of_others / "config.json").read_text() == "{}"
+
+
+def test_an_export_that_a_kill_left_aside_is_put_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_checkpoint(tmp_path / "a.ckpt")
+    folder = export(tmp_path)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    folder.rename(tmp_path / ".out.0123abcd.former")
+    assert main(["export", str(tmp_path / "a.ckpt"), "--output", str(tmp_path / "out")]) == 1
+    assert "is not empty" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_an_earlier_export_is_replaced_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -401,23 +547,95 @@ def test_card_tells_the_training_data_and_its_generator(tmp_path: Path) -> None:
     checkpoint = save_run(tmp_path)
     run(ExportConfig(checkpoint=str(checkpoint), output=str(tmp_path / "out")))
     text = (tmp_path / "out" / "README.md").read_text()
-    data = text.split("## Training data\n")[1].split("\n## ")[0]
+    data = section(text, "Training data")
+    assert data.startswith("What the datasets' own files said when this card was written")
     assert "### shards" in data
-    assert "| images | 4 of each of 8 planned captions, all of them generated |" in data
+    assert "| images | generated, 4 planned for each of 8 captions |" in data
     assert "captions.txt" in data
     assert '| generator: model | `"none"` |' in data
     assert "| licence | cc0-1.0 |" in data
     assert "### gone\nIts `dataset.json` could not be read" in data
     assert "The data's own: cc0-1.0." in text
-    assert str(tmp_path) not in text
     assert "synthetic-data" in read_header(tmp_path / "out")["tags"]
+    assert "trained with `stablerep fit`" in text
+    assert "what their generator can draw" in section(text, "Biases and limits")
+
+
+def test_card_claims_nothing_of_images_that_nobody_has_recorded(exported: tuple[Path, Any]) -> None:
+    text = (exported[0] / "README.md").read_text()
+    for heading in ("Biases and limits", "Intended use"):
+        assert "enerat" not in section(text, heading)
+    assert "trained with `stablerep fit`" not in text
+    assert "from a training checkpoint" in text
+
+
+def save_config(tmp_path: Path, **config: Any) -> None:
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+def test_relative_datasets_are_those_of_where_the_run_was_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = save_run(tmp_path)
+    elsewhere = tmp_path / "elsewhere"
+    write_dataset(elsewhere / "data" / "shards", [4])
+    monkeypatch.chdir(elsewhere)
+    for output, is_found in (("run", True), ("moved/from/run", False)):
+        save_config(tmp_path, data={"root": "data/shards"}, output=output)
+        run(ExportConfig(checkpoint=str(checkpoint), output=str(tmp_path / "out"), overwrite=True))
+        data = section((tmp_path / "out" / "README.md").read_text(), "Training data")
+        assert ("for each of 8 captions" in data) is is_found
+        assert ("could not be read" in data) is not is_found
 
 
 def test_training_config_is_the_runs_own(tmp_path: Path) -> None:
     checkpoint = save_run(tmp_path)
+    settings = {"model": {"temperature": 0.1}, "data": {"root": "data/sd15"}, "trainer": {"max_steps": 40}}
+    save_config(tmp_path, **settings)
     run(ExportConfig(checkpoint=str(checkpoint), output=str(tmp_path / "out")))
-    config = (tmp_path / "run" / "config.yaml").read_bytes()
-    assert (tmp_path / "out" / "training_config.yaml").read_bytes() == config
+    assert yaml.safe_load((tmp_path / "out" / "training_config.yaml").read_text()) == settings
+
+
+def test_no_file_names_a_folder_of_the_machine_or_a_password(
+    tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = save_run(tmp_path)
+    save_checkpoint(checkpoint, TextConfig(**SMALL_TEXT))  # its open_clip_config.json names a folder
+    content = torch.load(checkpoint, weights_only=True)
+    content["hyper_parameters"]["teacher"] = str(tmp_path / "teacher.ckpt")
+    torch.save(content, checkpoint)
+    logger = {
+        "class_path": "lightning.pytorch.loggers.MLFlowLogger",
+        "init_args": {"tracking_uri": "https://alice:hunter2@mlflow.corp", "save_dir": str(tmp_path)},
+    }
+    config = {
+        "trainer": {"logger": [logger], "default_root_dir": str(tmp_path)},
+        "data": {"root": str(tmp_path / "data" / "shards"), "mirror": "https://alice:hunter2@corp/sd15"},
+        "output": str(tmp_path / "run"),
+    }
+    for number in range(2):
+        if number == 0:
+            save_config(tmp_path, **config)
+        else:  # the hyper-parameters alone
+            (tmp_path / "run" / "config.yaml").unlink()
+        folder = tmp_path / f"out-{number}"
+        results = write_scores(tmp_path / "scores", load_model(checkpoint))
+        arguments = ["--output", str(folder), "--push", "someone/model", "--results", str(results)]
+        assert main(["export", str(checkpoint), *arguments]) == 0
+        written = {path.name: path.read_bytes() for path in folder.iterdir()}
+        assert names_in(folder) == TIMM_FILES | OPEN_CLIP_FILES == hub.files.keys()
+        for files in (written, hub.files):
+            assert [name for name, content in files.items() if str(tmp_path).encode() in content] == []
+            assert [name for name, content in files.items() if b"hunter2" in content] == []
+    assert "teacher.ckpt" in written["training_config.yaml"].decode()
+
+
+def test_a_config_that_cannot_be_read_leaves_the_hyper_parameters(tmp_path: Path) -> None:
+    checkpoint = save_run(tmp_path)
+    (tmp_path / "run" / "config.yaml").write_text(f"data: [{tmp_path}")
+    run(ExportConfig(checkpoint=str(checkpoint), output=str(tmp_path / "out")))
+    content = yaml.safe_load((tmp_path / "out" / "training_config.yaml").read_text())
+    assert content["model"]["backbone_options"] == SMALL_VIT
 
 
 def test_without_a_run_the_hyper_parameters_are_the_training_config(exported: tuple[Path, Any]) -> None:
@@ -430,18 +648,23 @@ def test_without_a_run_the_hyper_parameters_are_the_training_config(exported: tu
     )
 
 
-def write_scores(folder: Path, weights: str, selection: str = "none") -> Path:
+def write_scores(folder: Path, model: LoadedModel, selection: str = "none", **other: str) -> Path:
     folder.mkdir(exist_ok=True)
     row = Row("knn20", "accuracy", 0.625, (0.5, 0.7), "Wilson, 95 %", 64, selection, {"k": 20}, "cls", 1.5)
-    hashes = {"weights": weights, "data": "d" * 64, "transform": "t" * 64}
+    hashes = {
+        "weights": model.digest,
+        "architecture": model.forward_digest,
+        "data": "d",
+        "transform": "t",
+    } | other
     provenance = Provenance("a.ckpt", "/somewhere/shapes", "Resize(18), CenterCrop(16)", hashes, {})
-    write_results(folder, [row], provenance, ["x"])
+    write_results(folder, [row], provenance, ["x"], overwrite=True)
     return folder / "results.jsonl"
 
 
 def test_figures_of_these_weights_are_on_the_card(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "a.ckpt")
-    results = write_scores(tmp_path / "scores", load_model(tmp_path / "a.ckpt").digest)
+    results = write_scores(tmp_path / "scores", load_model(tmp_path / "a.ckpt"))
     folder = export(tmp_path, "--results", str(results), "--name", "shapes-vit")
     text = (folder / "README.md").read_text()
     assert "# shapes-vit" in text
@@ -458,58 +681,41 @@ def test_figures_of_these_weights_are_on_the_card(tmp_path: Path) -> None:
 
 def test_figures_of_other_weights_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_checkpoint(tmp_path / "a.ckpt")
-    results = write_scores(tmp_path / "scores", "0" * 64)
+    model = load_model(tmp_path / "a.ckpt")
+    results = write_scores(tmp_path / "scores", model, weights="0" * 64)
     assert "has no row of these weights" in fails(tmp_path, capsys, "--results", str(results))
     assert "does not exist" in fails(tmp_path, capsys, "--results", str(tmp_path / "none.jsonl"))
 
 
+def test_figures_of_equal_weights_in_another_architecture_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    save_checkpoint(tmp_path / "b.ckpt", backbone_options=SMALL_VIT | {"num_heads": 4})
+    torch.manual_seed(0)
+    save_checkpoint(tmp_path / "a.ckpt")
+    other = load_model(tmp_path / "b.ckpt")
+    assert other.digest == load_model(tmp_path / "a.ckpt").digest
+    results = write_scores(tmp_path / "scores", other)
+    assert "but of another architecture" in fails(tmp_path, capsys, "--results", str(results))
+
+
 def test_figures_chosen_on_test_are_said_to_be(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "a.ckpt")
-    weights = load_model(tmp_path / "a.ckpt").digest
+    model = load_model(tmp_path / "a.ckpt")
     for selection, is_said in (("validation", False), ("test", True)):
-        results = write_scores(tmp_path / "scores", weights, selection)
+        results = write_scores(tmp_path / "scores", model, selection)
         text = (export(tmp_path, "--results", str(results), "--overwrite") / "README.md").read_text()
         assert ("and so optimistic" in text) is is_said
 
 
-# ---- the hub
-
-
-class Hub:
-    """Takes uploads in place of the hub."""
-
-    def __init__(self, error: Exception | None = None) -> None:
-        self.error = error
-        self.repositories: dict[str, bool] = {}
-        self.files: dict[str, bytes] = {}
-
-    def __call__(self, **options: Any) -> "Hub":
-        return self
-
-    def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> str:
-        if self.error:
-            raise self.error
-        assert exist_ok
-        self.repositories[repo_id] = private
-        return f"https://hub/{repo_id}"
-
-    def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
-        assert repo_id in self.repositories
-        assert commit_message
-        self.files = {path.name: path.read_bytes() for path in folder_path.iterdir()}
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
-    hub = Hub()
-    monkeypatch.setattr(huggingface_hub, "HfApi", hub)
-    return hub
+# ---- the push
 
 
 def test_nothing_is_pushed_unless_asked(tmp_path: Path, hub: Hub) -> None:
     save_checkpoint(tmp_path / "a.ckpt")
     export(tmp_path)
-    assert (hub.repositories, hub.files) == ({}, {})
+    assert hub.repositories == {}
 
 
 @pytest.mark.parametrize("private", [True, False])
@@ -518,7 +724,7 @@ def test_push_uploads_the_folder(
 ) -> None:
     save_checkpoint(tmp_path / "a.ckpt")
     folder = export(tmp_path, "--push", "someone/model", *(["--private"] if private else []))
-    assert hub.repositories == {"someone/model": private}
+    assert hub.repositories["someone/model"].private is private
     assert hub.files == {path.name: path.read_bytes() for path in folder.iterdir()}
     assert "pushed to https://hub/someone/model" in capsys.readouterr().out
     assert 'timm.create_model("hf-hub:someone/model", pretrained=True)' in hub.files["README.md"].decode()
@@ -529,7 +735,7 @@ def test_pushed_towers_name_their_repository(tmp_path: Path, hub: Hub) -> None:
     folder = export(tmp_path, "--push", "someone/model")
     before = json.loads((folder / "open_clip_config.json").read_text())
     pushed = json.loads(hub.files["open_clip_config.json"])
-    assert before["model_cfg"]["vision_cfg"]["timm_model_name"] == f"local-dir:{folder}"
+    assert before["model_cfg"]["vision_cfg"]["timm_model_name"] == "local-dir:out"
     assert pushed["model_cfg"]["vision_cfg"]["timm_model_name"] == "hf-hub:someone/model"
     uploaded = tmp_path / "uploaded"
     uploaded.mkdir()
@@ -540,19 +746,99 @@ def test_pushed_towers_name_their_repository(tmp_path: Path, hub: Hub) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"a.ckpt", "out", "uploaded"}
 
 
-@pytest.mark.parametrize(
-    "error", [ConnectionError("no route"), huggingface_hub.errors.LocalTokenNotFoundError("log in first")]
-)
-def test_a_push_that_fails_leaves_the_folder_and_says_why(
-    tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str], error: Exception
+def test_a_private_push_into_a_public_repository_sends_nothing(
+    tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_checkpoint(tmp_path / "a.ckpt")
-    hub.error = error
+    hub.repositories["someone/model"] = Repository(private=False)
+    line = fails(tmp_path, capsys, "--push", "someone/model", "--private")
+    assert "cannot push to someone/model: it is a public repository, and --private asks for a private" in line
+    monkeypatch.setattr(export_module, "check_push", lambda *args, **options: None)  # public since then
+    arguments = ["--output", str(tmp_path / "out"), "--push", "someone/model", "--private"]
+    assert main(["export", str(tmp_path / "a.ckpt"), *arguments]) == 1
+    assert "it is a public repository" in capsys.readouterr().err
+    assert hub.files == {}
+
+
+def test_the_repository_of_another_model_is_left_alone(
+    tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_checkpoint(tmp_path / "a.ckpt")
+    files = {"README.md": b"---\ntags: [bert]\n---\nOurs.", "model.safetensors": b"weights"}
+    hub.repositories["someone/model"] = Repository(False, dict(files))
+    line = fails(tmp_path, capsys, "--push", "someone/model")
+    assert "it holds README.md, and no card with the tag stablerep: name another repository" in line
+    assert hub.files == files
+
+
+def test_a_later_push_takes_the_place_of_the_earlier_one(tmp_path: Path, hub: Hub) -> None:
+    save_checkpoint(tmp_path / "a.ckpt", TextConfig(**SMALL_TEXT))
+    export(tmp_path, "--push", "someone/model")
+    assert hub.files.keys() == TIMM_FILES | OPEN_CLIP_FILES
+    hub.repositories["someone/model"].files["figure.png"] = b"the owner's"
+    save_checkpoint(tmp_path / "a.ckpt")  # without texts
+    export(tmp_path, "--push", "someone/model", "--overwrite")
+    assert hub.files.keys() == TIMM_FILES | {"figure.png"}
+
+
+def refused_connection(monkeypatch: pytest.MonkeyPatch) -> Exception:
+    """What the hub's own client raises where nobody answers."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # taken, and not listened at
+        address = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+        with pytest.raises(Exception, match="refused") as caught:
+            huggingface_hub.HfApi(endpoint=address, token="a token").model_info("someone/model")
+    return caught.value
+
+
+@pytest.mark.parametrize("is_early", [True, False])
+def test_a_push_without_a_network_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, is_early: bool
+) -> None:
+    with monkeypatch.context() as online:
+        error = refused_connection(online)
+    assert not isinstance(error, OSError | ValueError)  # the front door would take it for a bug
+    save_checkpoint(tmp_path / "a.ckpt")
+    hub = Hub()
+    monkeypatch.setattr(huggingface_hub, "HfApi", hub)
+    monkeypatch.setenv("HF_TOKEN", "a token")
+
+    def fail(*args: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(hub, "model_info" if is_early else "upload_folder", fail)
+    if is_early:
+        line = fails(tmp_path, capsys, "--push", "someone/model")
+        assert f"cannot push to someone/model: {error}" in line
+        return
+    monkeypatch.setattr(hub, "model_info", lambda repository: Repository(False))
     arguments = ["export", str(tmp_path / "a.ckpt"), "--output", str(tmp_path / "out")]
     assert main([*arguments, "--push", "someone/model"]) == 1
     line = capsys.readouterr().err.splitlines()[-1]
-    assert f"out is written, but not pushed to someone/model: {error}" in line
+    assert f"out is written, but not pushed to someone/model: {error}; the same command with --overw" in line
     assert names_in(tmp_path / "out") == TIMM_FILES
+
+
+def test_a_push_that_failed_may_be_tried_again(
+    tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_checkpoint(tmp_path / "a.ckpt")
+    hub.error = ConnectionError("no route")
+    arguments = ["export", str(tmp_path / "a.ckpt"), "--output", str(tmp_path / "out")]
+    assert main([*arguments, "--push", "someone/model"]) == 1
+    assert "not pushed to someone/model: no route" in capsys.readouterr().err
+    hub.error = None
+    export(tmp_path, "--push", "someone/model", "--overwrite")
+    assert hub.files.keys() == TIMM_FILES
+
+
+def test_a_push_without_a_token_is_refused_before_the_work(
+    tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path / "a.ckpt")
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    assert "push needs a token of the Hugging Face hub" in fails(tmp_path, capsys, "--push", "someone/model")
 
 
 # ---- bad input
@@ -592,7 +878,7 @@ def test_bad_checkpoints_are_one_line(
 
 
 def test_models_of_others_are_not_exported(tmp_path: Path, exported: tuple[Path, Any]) -> None:
-    with pytest.raises(ValueError, match=r"export takes a checkpoint of stablerep fit .*, a model of timm"):
+    with pytest.raises(ValueError, match=r"export takes a checkpoint of stablerep fit, .*, a model of timm"):
         run(ExportConfig(checkpoint=str(exported[0]), output=str(tmp_path / "out")))
 
 
