@@ -3,8 +3,8 @@
     steps.json    a record a step: command, fingerprint, seconds, whether it is done
     logs/         what each command printed
 
-A step is done again when its command, that of a step that it builds on, the model or the code has changed. The
-file also marks the folder as a demo's.
+A step is done again when its command, that of a step that it builds on, the model or the code has changed.
+The file also marks the folder as a demo's.
 """
 
 import hashlib
