@@ -21,7 +21,7 @@ from stablerep import distributed
 from stablerep.evaluation.features import Features
 from stablerep.evaluation.knn import find_neighbours
 from stablerep.evaluation.plan import Plan, name_data
-from stablerep.evaluation.protocols import Evaluation, sort_rows
+from stablerep.evaluation.protocols import Evaluation
 from stablerep.evaluation.reporting import NeighbourRow, Picture, ReportContent, write_report
 from stablerep.evaluation.reporting.analysis import choose_queries, list_confusable_rows
 from stablerep.evaluation.reporting.model_index import build_model_index
@@ -53,7 +53,7 @@ def write_output(
     Raises:
         OSError: If a file cannot be written.
     """
-    report = build_report(plan, evaluation, sort_rows(rows), seconds, command, failures)
+    report = build_report(plan, evaluation, rows, seconds, command, failures)
     content = {
         "schema_version": RUN_SCHEMA_VERSION,
         "command": command,

@@ -122,6 +122,7 @@ def run_protocols(plan: Plan, evaluation: Evaluation, seconds: dict[str, float])
                 plan.provenance,
                 evaluation.features["test"].names,
                 overwrite=plan.config.overwrite,
+                sort=sort_rows,
             )
     if is_first and not done.rows and done.failures:
         raise next(iter(done.failures.values()))

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from stablerep import distributed
@@ -14,7 +15,8 @@ from stablerep.evaluation.corruptions import IMAGENET_C_SIZE, NOT_COMPARABLE, co
 from stablerep.evaluation.features import Features
 from stablerep.evaluation.knn import knn_classify
 from stablerep.evaluation.protocols.evaluation import Evaluation
-from stablerep.evaluation.protocols.rows import accuracy_row
+from stablerep.evaluation.protocols.rows import BOOTSTRAP, accuracy_row
+from stablerep.evaluation.resampling import mean_interval
 from stablerep.evaluation.results import Row
 from stablerep.evaluation.transforms import ImageChange
 
@@ -130,17 +132,24 @@ def _note(evaluation: Evaluation, corruptions: Sequence[str]) -> dict[str, bool]
 
 
 def _average(protocol: str, rows: Sequence[Row], note: Mapping[str, Any]) -> Row:
-    """The mean of accuracies; without an interval, as they are of the same images."""
+    """The mean of accuracies on the same images: for each image, the share of its versions that are right."""
+    scores = np.mean([_score_images(row) for row in rows], axis=0).round(9)  # equal shares, equal numbers
     shared = {name: value for name, value in rows[0].hyperparameters.items() if name != "severity"}
     return Row(
         protocol=protocol,
         metric="accuracy",
-        value=sum(row.value for row in rows) / len(rows),
-        interval=None,
-        interval_method="",
+        value=float(scores.mean()),
+        interval=mean_interval(scores),
+        interval_method=BOOTSTRAP,
         n=rows[0].n,
         selection="none",
         hyperparameters=shared | dict(note),
         feature="cls",
         seconds=sum(row.seconds for row in rows),
+        predictions=scores,
     )
+
+
+def _score_images(row: Row) -> np.ndarray:
+    assert row.predictions is not None
+    return row.predictions if row.targets is None else row.predictions == row.targets

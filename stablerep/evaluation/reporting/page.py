@@ -147,7 +147,7 @@ def _describe_confusion(row: Row, content: ReportContent) -> dict[str, Any]:
     assert content.targets is not None
     names = content.class_names
     confusion = count_confusions(row.predictions, content.targets, len(names))
-    shares = confusion.shares
+    shares, has_matrix = confusion.shares, len(names) <= MAX_CLASSES_IN_MATRIX
     pairs = [
         {"target": names[target], "prediction": names[prediction], "count": count, "share": share}
         for target, prediction, count, share in list_confused_pairs(confusion, MAX_PAIRS)
@@ -156,8 +156,8 @@ def _describe_confusion(row: Row, content: ReportContent) -> dict[str, Any]:
     hardest = present[np.argsort(shares[present, present], kind="stable")][:MAX_PAIRS]
     return {
         "title": f"{write_as_heading(describe_protocol(row.protocol))} ({row.feature})",
-        "counts": confusion.counts.tolist(),
-        "shares": shares.tolist(),
+        "counts": confusion.counts.tolist() if has_matrix else [],
+        "shares": shares.tolist() if has_matrix else [],
         "num_images": confusion.num_images.tolist(),
         "pairs": pairs,
         "hardest": [

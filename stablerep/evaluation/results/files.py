@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from stablerep.evaluation.results.predictions import (
     pack_arrays,
     read_arrays,
 )
-from stablerep.evaluation.results.rows import HASH_NAMES, Provenance, Row, RowKey
+from stablerep.evaluation.results.rows import Provenance, Row, RowKey
 
 RESULTS_FILE, PREDICTIONS_FILE = "results.jsonl", "predictions.npz"
 _WAY_OUT = "name another folder, or give --overwrite"
@@ -75,6 +75,7 @@ def write_results(
     names: Sequence[str],
     *,
     overwrite: bool = False,
+    sort: Callable[[Iterable[Row]], Iterable[Row]] = tuple,
 ) -> tuple[Row, ...]:
     """Writes scores; those of the same weights, data and transform that are there stay.
 
@@ -87,10 +88,10 @@ def write_results(
         provenance: What they share.
         names: Names of the test images, in the order of the predictions.
         overwrite: Replace scores of other settings, too, and all results of another run.
+        sort: Puts the scores of the folder in order; they come in that in which they were first written.
 
     Returns:
-        All scores that the folder now has, in the order in which they were first written; names are only
-        with those of other examples than these.
+        All scores that the folder now has, in their order; names are only with those of other examples.
 
     Raises:
         ValueError: If there is no row, two rows cannot be told apart, predictions are not as many as the
@@ -104,18 +105,17 @@ def write_results(
     records = _read_earlier(folder, new, provenance, overwrite=overwrite) | new
     kept = [_share_names(record.row, names) for key, record in records.items() if key not in new]
     arrays, keys = collect_arrays([*rows, *kept], names)
-    lines = [
-        write_line(
-            record.row, record.provenance, found, None if found is None else digest_arrays(arrays, found)
-        )
-        for key, record in records.items()
-        for found in [keys.get(key)]
-    ]
+    together = {row.key: row for row in [*rows, *kept]}
+    ordered = tuple(sort(together[key] for key in records))
+    lines = []
+    for row in ordered:
+        place = keys.get(row.key)
+        digest = None if place is None else digest_arrays(arrays, place)
+        lines.append(write_line(row, records[row.key].provenance, place, digest))
     # Predictions first: a kill between the two leaves lines whose arrays are there, or are seen to be others.
     replace_file(folder / PREDICTIONS_FILE, pack_arrays(arrays))
     replace_file(folder / RESULTS_FILE, "".join(lines).encode())
-    together = {row.key: row for row in [*rows, *kept]}
-    return tuple(together[key] for key in records)
+    return ordered
 
 
 def read_records(path: str | Path) -> list[Record]:
@@ -173,8 +173,8 @@ def _check_lines(
     settings: Mapping[RowKey, Mapping[str, Any]],
 ) -> None:
     for line in lines:
-        for name in HASH_NAMES:
-            found, expected = line.provenance.hashes[name], provenance.hashes[name]
+        for name, expected in provenance.hashes.items():
+            found = line.provenance.hashes.get(name, "")
             if found != expected:
                 raise ValueError(
                     f"{path} holds results of other {name} ({found[:12]}, now {expected[:12]}): {_WAY_OUT}"

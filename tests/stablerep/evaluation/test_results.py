@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,9 @@ def test_results_of_another_run_are_refused(tmp_path: Path) -> None:
         write_results(tmp_path, [row()], provenance(weights="w2"), NAMES)
     with pytest.raises(ValueError, match="results of other data"):
         check_folder(tmp_path, provenance(data="d2"))
+    other_heads = replace(provenance(), hashes={**provenance().hashes, "architecture": "f2"})
+    with pytest.raises(ValueError, match="results of other architecture"):
+        check_folder(tmp_path, other_heads)
     check_folder(tmp_path / "new", provenance())
     assert read_results(tmp_path).provenance == provenance()
     write_results(tmp_path, [row("ridge")], provenance(weights="w2"), NAMES, overwrite=True)
