@@ -1,22 +1,15 @@
 """Geometry of the report's charts; the template draws it as inline SVG."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from stablerep.evaluation.reporting.ticks import Tick, choose_ticks
 
 WIDTH, HEIGHT = 560.0, 300.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 132.0, 14.0, 42.0
 """Margins: the right one holds the names of the lines."""
 _LABEL_HEIGHT = 17.0
 _ROW_HEIGHT = 30.0
-
-
-@dataclass(frozen=True)
-class Tick:
-    """A mark on an axis: place along it, pixels, and its text."""
-
-    place: float
-    text: str
 
 
 @dataclass(frozen=True)
@@ -152,15 +145,6 @@ def build_interval_chart(
         height=TOP + len(placed) * _ROW_HEIGHT + BOTTOM,
         description=f"{title}: {said}; guessing {100 * chance:.1f} %.",
     )
-
-
-def choose_ticks(low: float, high: float, num_steps: int) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten apart) that enclose [low, high] in about `num_steps`."""
-    span = (high - low) or abs(high) or 1.0
-    power = 10.0 ** math.floor(math.log10(span / num_steps))
-    step = next(power * factor for factor in (1, 2, 5, 10) if span / (power * factor) <= num_steps)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(index * step, 10) for index in range(first, max(last, first + 1) + 1)]
 
 
 def _spread_labels(lines: Sequence[Line]) -> list[Line]:

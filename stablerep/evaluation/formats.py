@@ -43,7 +43,7 @@ _PROTOCOLS = {
     "zeroshot": "zero-shot",
     "retrieval": "retrieval",
     "geometry": "geometry",
-    "robustness": "robustness",
+    "robustness": "k-NN on corrupted images",
 }
 _SELECTIONS = {
     "paper": ", chosen on test",

@@ -16,7 +16,7 @@ import stablerep
 from stablerep.cli import main
 from stablerep.demo import DemoConfig, run_demo
 from stablerep.demo.budget import FULL, QUICK, Budget
-from stablerep.demo.charts import build_line_chart, choose_ticks
+from stablerep.demo.charts import build_line_chart
 from stablerep.demo.picture import MAX_BYTES, draw_picture
 from stablerep.demo.report import build_report
 from stablerep.demo.results import (
@@ -209,18 +209,6 @@ def test_picture_stays_under_its_size_whatever_the_images(num_captions: int, tmp
     with Image.open(io.BytesIO(content)) as picture:
         assert picture.format == "PNG"
         assert picture.width == 1200
-
-
-@pytest.mark.parametrize(
-    ("low", "high"), [(0.0, 1.0), (0.113, 0.42), (2.9, 5.6), (3.0, 3.0), (0, 400), (-1, 7)]
-)
-def test_ticks_are_round_and_enclose_the_values(low: float, high: float) -> None:
-    ticks = choose_ticks(low, high, 5)
-    assert ticks[0] <= low <= high <= ticks[-1]
-    assert 2 <= len(ticks) <= 8
-    steps = np.diff(ticks)
-    assert np.allclose(steps, steps[0])
-    assert f"{steps[0]:e}"[0] in "125"
 
 
 def test_names_of_lines_that_end_together_do_not_overlap() -> None:

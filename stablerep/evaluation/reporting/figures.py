@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stablerep.demo.charts import Tick, choose_ticks
 from stablerep.evaluation.formats import describe_metric
+from stablerep.evaluation.reporting.ticks import Tick, choose_ticks
 from stablerep.evaluation.results import Row
 
 CHART_WIDTH, CHART_HEIGHT = 720.0, 320.0

@@ -153,7 +153,7 @@ def test_axis_holds_every_interval(values: list[float]) -> None:
         ("linear_heldout", "linear probe"),
         ("linear_bn_paper", "linear probe after BatchNorm, chosen on test"),
         ("fewshot_5way_1shot", "few-shot prototypes, 5way 1shot"),
-        ("robustness/gaussian_noise", "robustness, gaussian noise"),
+        ("robustness_gaussian_noise", "k-NN on corrupted images, gaussian noise"),
         ("my_own", "my own"),
     ],
 )
@@ -328,3 +328,15 @@ def test_model_index_goes_into_a_card() -> None:
     )
     with pytest.raises(ValueError, match="at least one row"):
         build_model_index([], PROVENANCE, model_name="vit")
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.0, 1.0), (0.113, 0.42), (2.9, 5.6), (3.0, 3.0), (0, 400), (-1, 7)]
+)
+def test_ticks_are_round_and_enclose_the_values(low: float, high: float) -> None:
+    ticks = choose_ticks(low, high, 5)
+    assert ticks[0] <= low <= high <= ticks[-1]
+    assert 2 <= len(ticks) <= 8
+    steps = np.diff(ticks)
+    assert np.allclose(steps, steps[0])
+    assert f"{steps[0]:e}"[0] in "125"
