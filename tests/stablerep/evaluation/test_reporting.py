@@ -38,6 +38,7 @@ from stablerep.evaluation.reporting.figures import (
 )
 from stablerep.evaluation.reporting.model_index import build_eval_results, build_model_index
 from stablerep.evaluation.reporting.page import build_page, to_data_uri
+from stablerep.evaluation.reporting.ticks import choose_ticks
 from tests.stablerep.evaluation.reports import PROVENANCE, build_content, row
 
 
