@@ -1,15 +1,23 @@
-"""Every protocol of `stablerep evaluate` on real photographs, for three sets of weights of one architecture.
+"""Every protocol of `stablerep evaluate` on real photographs, for four sets of weights of one architecture.
 
     python benchmarks/real_probe.py --checkpoint demo/stablerep/checkpoints/last.ckpt --clothing FOLDER
-    python benchmarks/real_probe.py --checkpoint … --cifar10 FOLDER --num_cifar10 2000
+    python benchmarks/real_probe.py --checkpoint … --cifar10 FOLDER --num_cifar10 1000 --clothing FOLDER
 
     random        the checkpoint's architecture with fresh weights, seed 0
     checkpoint    its weights
-    supervised    the same architecture, trained here with cross-entropy on the labelled training images alone
+    text          StableRep+, trained here: a small text tower beside configs/embedded.yaml, on the demo's
+                  images or, where there are none, on some that the shipped generator makes
+    supervised    the checkpoint's architecture, trained here with cross-entropy on the labelled images
 
 FOLDER has train/ and test/ (optionally validation/) with a folder of images a class; that of CIFAR-10 may
 hold train.tar.gz and test.tar.gz of `<class>/<image>` instead. Nothing is fetched. Without a folder there is
 nothing to measure, and nothing is written.
+
+Photographs have classes and no captions, so retrieval, alignment and LiDAR are measured on images that the
+shipped generator makes of captions which the text weights have not seen. The linear probe is the published
+protocol, a new view in every epoch, with fewer epochs on the first set of photographs; on others it is the
+quick mode over cached views, which the table marks as not comparable. Each model is then compared with
+another one, test image by test image (`stablerep evaluate compare`).
 
 The supervised weights are a reference for what labels alone give in this time, not the best that they can:
 AdamW (learning rate 1e-3, weight decay 0.05, batches of 128), one epoch of linear warm-up and a cosine to
@@ -18,15 +26,16 @@ zero, random resized crops (scale 0.35 to 1) and flips of images that were resiz
 Writes benchmarks/results/real_probe.{json,md}; what is in between is kept in the work folder.
 """
 
+import hashlib
 import json
 import math
-import os
-import platform
 import random
 import shlex
+import shutil
+import subprocess
 import tarfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,19 +48,22 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+from data_gen.shards import list_complete_shards, read_samples
 from stablerep.backbones import add_backbone_to_checkpoint, build_backbone, load_backbone
 from stablerep.cli import main
-from stablerep.evaluation.transforms import build_eval_transform
 from stablerep.evaluation.results import read_results
 from stablerep.evaluation.sets import LabelledImage, read_labelled_set
+from stablerep.evaluation.transforms import build_eval_transform
+from stablerep.machine import describe_machine
 
 RESULTS = Path(__file__).parent / "results"
-WEIGHTS = ("random", "checkpoint", "supervised")
+WEIGHTS = ("random", "checkpoint", "text", "supervised")
+PAIRS = (("checkpoint", "random"), ("text", "random"), ("supervised", "checkpoint"))
+"""Whose scores are compared, in the order of the difference."""
+CAPTIONED = "generated images"
 NUM_IMAGES_PER_BATCH, LEARNING_RATE, WEIGHT_DECAY, CROP_SCALE = 128, 1e-3, 0.05, (0.35, 1.0)
 OPTIONS = {
     "protocols": "all",
-    "linear.num_epochs": 40,
-    "linear.num_views": 4,
     # The smallest class of the clothing test images has twelve.
     "fewshot.num_queries_per_class": 7,
     # All five severities would take five times as long.
@@ -59,6 +71,27 @@ OPTIONS = {
     "num_workers": 2,
     "report": "false",
     "device": "cpu",
+}
+EXACT_PROBE = {"linear.num_epochs": 20, "linear.num_views": "null"}
+QUICK_PROBE = {"linear.num_epochs": 40, "linear.num_views": 4}
+GENERATOR = {
+    "generator.model": "embedded",
+    "generator.num_inference_steps": 8,
+    "generator.dtype": "bfloat16",
+    "num_captions_per_shard": 64,
+}
+NUM_IMAGES_PER_CAPTION = 4
+TEXT_TRAINING = {
+    "trainer.max_steps": 150,
+    "model.optimizer.num_warmup_steps": 15,
+    "model.text.width": 64,
+    "model.text.num_layers": 2,
+    "model.text.num_heads": 2,
+    "model.text.out_features": 64,
+    # The scene captions have twenty tokens at most.
+    "model.text.context_length": 24,
+    "trainer.callbacks": "[]",
+    "trainer.enable_progress_bar": "false",
 }
 COLUMNS = {
     "linear, held-out": ("linear_heldout", "accuracy"),
@@ -72,9 +105,19 @@ COLUMNS = {
     "k-NN, k = 200": ("knn200", "accuracy"),
     "ridge": ("ridge", "accuracy"),
     "few-shot, 5-way 5-shot": ("fewshot_5way_5shot", "accuracy"),
+    "zero-shot": ("zeroshot", "accuracy"),
+    "zero-shot, top 5": ("zeroshot", "top5_accuracy"),
     "k-NN, 15 corruptions": ("robustness", "accuracy"),
+    "k-NN, 14 without frost": ("robustness_without_frost", "accuracy"),
+    **{
+        f"{title}, recall at {k}": (f"retrieval_{direction}", f"recall@{k}")
+        for title, direction in (("image to text", "image_to_text"), ("text to image", "text_to_image"))
+        for k in (1, 5, 10)
+    },
+    "alignment": ("geometry", "alignment"),
     "uniformity": ("geometry", "uniformity"),
     "RankMe": ("geometry", "rankme"),
+    "LiDAR": ("geometry", "lidar"),
 }
 
 
@@ -87,7 +130,7 @@ class Probe:
         weights: One of `WEIGHTS`.
         command: What was run; files and folders are written as words.
         seconds: Wall time of the command, whose features nothing had computed before.
-        supervised: How the supervised weights were trained; None for others.
+        training: How weights that were trained here came about; None for others.
         rows: The lines of results.jsonl, without predictions.
         notes: Protocols that were left out, and why.
     """
@@ -96,9 +139,28 @@ class Probe:
     weights: str
     command: str
     seconds: float
-    supervised: dict[str, Any] | None
+    training: dict[str, Any] | None
     rows: list[dict[str, Any]]
     notes: list[str]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Two sets of weights on the same images.
+
+    Args:
+        data: Name of the images.
+        above: The weights from whose scores the others' are taken.
+        below: The others.
+        command: What was run.
+        rows: Those of compare.json.
+    """
+
+    data: str
+    above: str
+    below: str
+    command: str
+    rows: list[dict[str, Any]]
 
 
 def measure(
@@ -106,7 +168,10 @@ def measure(
     cifar10: str | None = None,
     clothing: str | None = None,
     num_cifar10: int | None = None,
-    num_epochs: int = 15,
+    shards: str = "demo/shards",
+    num_epochs: int = 10,
+    num_captions: int = 160,
+    num_test_captions: int = 100,
     work: str = "runs/real_probe",
     seed: int = 0,
 ) -> None:
@@ -117,8 +182,11 @@ def measure(
         cifar10: Folder of CIFAR-10.
         clothing: Folder of the clothing photographs, or of any labelled images.
         num_cifar10: Images of CIFAR-10 in each split, as many of each class, drawn by the seed; null is all.
+        shards: Dataset of `stablerep generate` for the text weights; one is made if there is none.
         num_epochs: Epochs of the supervised training.
-        work: Folder for unpacked images, supervised weights and the evaluations.
+        num_captions: Captions of that dataset, if it is made.
+        num_test_captions: Captions of the images on which retrieval is measured, two images each.
+        work: Folder for whatever is made: images, weights and evaluations.
         seed: Of every draw.
     """
     sets = {}
@@ -129,17 +197,96 @@ def measure(
     if not sets:
         print("real_probe: nothing to measure: --cifar10 FOLDER and --clothing FOLDER name real images")
         return
-    probes = []
+    root = Path(shards)
+    if not (root / "dataset.json").is_file():
+        root = generate_images(Path(work), num_captions, NUM_IMAGES_PER_CAPTION, seed)
+    captioned = generate_images(Path(work), num_test_captions, 2, seed + 1, other_than=root)
+    weights = {"random": Path(checkpoint), "checkpoint": Path(checkpoint)}
+    weights["text"], text_training = train_with_text(root, Path(work) / "text", seed)
+    probes, differences = list[Probe](), list[Difference]()
     for name, data in sets.items():
-        for weights in WEIGHTS:
-            print(f"-- {name}, {weights}", flush=True)
-            probes.append(probe(name, data, weights, Path(checkpoint), Path(work), num_epochs, seed))
-    machine = describe_machine()
-    result = {"machine": machine, "num_cifar10": num_cifar10, "probes": list(map(asdict, probes))}
+        linear = EXACT_PROBE if not probes else QUICK_PROBE
+        place = Path(work) / f"evaluation-{digest_of(str(data.resolve()))}"
+        weights["supervised"] = place / "supervised.ckpt"
+        training = train_supervised(data, Path(checkpoint), weights["supervised"], num_epochs, seed)
+        for kind, path in weights.items():
+            print(f"-- {name}, {kind}", flush=True)
+            trained = {"text": text_training, "supervised": training}.get(kind)
+            options = OPTIONS | linear | {"seed": seed}
+            probes.append(probe(name, data, kind, path, place / kind, options, trained))
+        differences += [compare(name, place, above, below) for above, below in PAIRS]
+    for kind in WEIGHTS[:3]:
+        print(f"-- {CAPTIONED}, {kind}", flush=True)
+        protocols = "[retrieval, geometry]" if kind == "text" else "[geometry]"
+        options = OPTIONS | {"protocols": protocols, "seed": seed}
+        output = Path(work) / f"evaluation-{CAPTIONED.replace(' ', '-')}" / kind
+        trained = text_training if kind == "text" else None
+        probes.append(probe(CAPTIONED, captioned, kind, weights[kind], output, options, trained))
+    commit, machine = find_commit(), describe_machine() | {"torch": torch.__version__}
+    result = {
+        "commit": commit,
+        "machine": machine,
+        "num_cifar10": num_cifar10,
+        "probes": list(map(asdict, probes)),
+        "differences": list(map(asdict, differences)),
+    }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "real_probe.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    (RESULTS / "real_probe.md").write_text(build_page(machine, probes))
-    print(build_page(machine, probes))
+    page = build_page(commit, machine, probes, differences)
+    (RESULTS / "real_probe.md").write_text(page)
+    print(page)
+
+
+def run_verb(*words: str | Path, **options: Any) -> None:
+    """Runs a verb of `stablerep`; its failure ends the script."""
+    code = main([*map(str, words), *(f"--{name}={value}" for name, value in options.items())])
+    if code != 0:
+        raise SystemExit(code)
+
+
+def digest_of(text: str) -> str:
+    """Eight hexadecimal digits by which a folder tells what it was made of."""
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def generate_images(
+    work: Path, num_captions: int, num_images_per_caption: int, seed: int, other_than: Path | None = None
+) -> Path:
+    """A dataset of captions of the scene grammar, none of which is in the other dataset."""
+    work.mkdir(parents=True, exist_ok=True)
+    drawn = work / f".captions-{seed}.txt"
+    known = set[str]()
+    if other_than is not None:
+        shards = list_complete_shards(other_than)
+        known = {sample.caption for shard in shards for sample in read_samples(shard)}
+    drawn.unlink(missing_ok=True)
+    # More than are wanted, of which those that are known are left out.
+    run_verb("scenes", captions=drawn, num_captions=2 * num_captions, seed=seed)
+    chosen = [text for text in drawn.read_text().splitlines() if text not in known][:num_captions]
+    if len(chosen) < num_captions:
+        raise ValueError(f"num_captions {num_captions}: {len(chosen)} captions are new, ask for fewer")
+    settings = GENERATOR | {"num_images_per_caption": num_images_per_caption, "seed": seed}
+    folder = work / f"generated-{digest_of(json.dumps([chosen, settings]))}"
+    captions = folder.with_suffix(".txt")
+    captions.write_text("".join(f"{text}\n" for text in chosen))
+    run_verb("generate", captions=captions, output=folder, **settings)
+    return folder
+
+
+def train_with_text(shards: Path, folder: Path, seed: int) -> tuple[Path, dict[str, Any]]:
+    """Trains StableRep+ anew; its checkpoint, and the command and seconds."""
+    shutil.rmtree(folder, ignore_errors=True)
+    configs = ("--config=configs/embedded.yaml", "--config=configs/overlay_text.yaml")
+    options = TEXT_TRAINING | {"seed_everything": seed}
+    start = time.perf_counter()
+    run_verb("fit", *configs, **{"data.root": shards, "output": folder}, **options)
+    words = shlex.join([*configs, *(f"--{name}={value}" for name, value in options.items())])
+    training = {
+        "command": f"stablerep fit --data.root SHARDS {words}",
+        "num_captions": sum(shard.num_samples for shard in list_complete_shards(shards)),
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    return folder / "checkpoints" / "last.ckpt", training
 
 
 def prepare_cifar10(folder: Path, num_images: int | None, work: Path, seed: int) -> Path:
@@ -147,10 +294,14 @@ def prepare_cifar10(folder: Path, num_images: int | None, work: Path, seed: int)
     packed = (folder / "train.tar.gz").is_file()
     if num_images is None and not packed:
         return folder
-    target = work / f"cifar10-{num_images or 'all'}-{seed}"
+    listed = [folder / f"{split}.tar.gz" for split in ("train", "test")] if packed else folder.glob("*/*")
+    facts = sorted(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in listed)
+    source = digest_of(json.dumps([str(folder.resolve()), facts]))
+    target = work / f"cifar10-{num_images or 'all'}-{seed}-{source}"
     if target.is_dir():
         return target
     partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was interrupted
     for split in ("train", "test"):
         if packed:
             with tarfile.open(folder / f"{split}.tar.gz") as tar:
@@ -191,29 +342,23 @@ def choose_images(names: Sequence[str], num_images: int | None, seed: int) -> li
 
 
 def probe(
-    name: str, data: Path, weights: str, checkpoint: Path, work: Path, num_epochs: int, seed: int
+    name: str,
+    data: Path,
+    weights: str,
+    path: Path,
+    output: Path,
+    options: Mapping[str, Any],
+    training: dict[str, Any] | None,
 ) -> Probe:
-    """One row of the table: trains where it has to, evaluates, and reads what came out."""
-    place = work / data.resolve().name
-    supervised = None
-    path = checkpoint
-    if weights == "supervised":
-        path = place / "supervised.ckpt"
-        supervised = train_supervised(data, checkpoint, path, num_epochs, seed)
-    output = place / weights
-    options = OPTIONS | {"seed": seed}
+    """One column of a table: evaluates, and reads what came out."""
     words = [f"--{option}={value}" for option, value in options.items()]
     words += ["--random_init"] if weights == "random" else []
     start = time.perf_counter()
-    code = main(
-        [
-            *("evaluate", f"--checkpoint={path}", f"--data={data}", f"--output={output}"),
-            *("--cache=null", "--overwrite", *words),
-        ]
+    run_verb(
+        *("evaluate", f"--checkpoint={path}", f"--data={data}", f"--output={output}"),
+        *("--cache=null", "--overwrite", *words),
     )
     seconds = time.perf_counter() - start
-    if code != 0:
-        raise SystemExit(code)
     results = read_results(output)
     rows = [
         {
@@ -223,13 +368,22 @@ def probe(
         | {"hyperparameters": dict(row.hyperparameters)}
         for row in results.rows
     ]
-    named = "supervised.ckpt" if supervised else "CHECKPOINT"
-    command = f"stablerep evaluate --checkpoint {named} --data {name} --cache null {shlex.join(words)}"
+    named = f"{weights}.ckpt" if training else "CHECKPOINT"
+    command = f"stablerep evaluate --checkpoint={named} --data={shlex.quote(name)} --cache=null"
     # Files are written as words, so that no folder of this machine is published.
-    notes = [
-        note.replace(str(path), named) for note in json.loads((output / "run.json").read_text())["notes"]
-    ]
-    return Probe(name, weights, command, round(seconds, 1), supervised, rows, notes)
+    told = json.loads((output / "run.json").read_text())["notes"]
+    notes = [note.replace(str(path), named).replace(str(data), name) for note in told]
+    return Probe(name, weights, f"{command} {shlex.join(words)}", round(seconds, 1), training, rows, notes)
+
+
+def compare(name: str, place: Path, above: str, below: str) -> Difference:
+    """Two columns of a table, test image by test image."""
+    output = place / f"{above}-{below}"
+    run_verb("evaluate", "compare", place / above, place / below, output=output)
+    content = json.loads((output / "compare.json").read_text())
+    return Difference(
+        name, above, below, f"stablerep evaluate compare {above} {below}", content["comparisons"]
+    )
 
 
 def train_supervised(data: Path, like: Path, path: Path, num_epochs: int, seed: int) -> dict[str, Any]:
@@ -304,41 +458,65 @@ def normalise(pixels: Tensor, backbone: Any) -> Tensor:
     return (pixels.float() / 255 - mean) / std
 
 
-def describe_machine() -> dict[str, Any]:
-    """What the seconds were measured on."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "processor": names[0] if names else platform.machine(),
-        "num_cores": len(os.sched_getaffinity(0)),
-        "num_threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
+def find_commit() -> str:
+    """The commit of this checkout, marked where files differ from it; where git does not tell, that."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
 
 
-def build_page(machine: dict[str, Any], probes: Sequence[Probe]) -> str:
+def build_page(
+    commit: str, machine: dict[str, Any], probes: Sequence[Probe], differences: Sequence[Difference]
+) -> str:
     """The tables as Markdown: a column a set of weights, a row a protocol."""
     parts = [
-        f"{machine['processor']}, {machine['num_cores']} cores, {machine['num_threads']} threads, "
-        f"torch {machine['torch']}. Accuracies in %, with 95 % intervals over test images (few-shot: over "
-        "episodes)."
+        f"Commit {commit}; {machine['processor']}, {machine['num_cores']} cores, "
+        f"{machine['num_threads']} threads, torch {machine['torch']}. Accuracies and recalls in %, with 95 % "
+        "intervals over test images (few-shot: over episodes)."
     ]
     for name in dict.fromkeys(found.data for found in probes):
         found = [each for each in probes if each.data == name]
-        num_test = max(row["n"] for row in found[0].rows if row["protocol"] == "knn20")
+        num_test = max(row["n"] for row in found[0].rows)
         parts += [f"## {name}, {num_test:,} test images", build_table(found)]
-        for each in found:
-            if each.supervised:
-                parts.append(
-                    f"supervised: {each.supervised['num_images']:,} training images, "
-                    f"{each.supervised['num_epochs']} epochs in {each.supervised['seconds']:.0f} s; its own "
-                    f"classifier: {100 * each.supervised['accuracy_of_its_own_classifier']:.1f} %"
-                )
+        parts += [f"{each.weights}: {describe_training(each.training)}" for each in found if each.training]
         notes = dict.fromkeys(note for each in found for note in each.notes)
         parts.append("\n".join(f"- {note}" for note in notes))
-        parts.append("\n".join(f"    {each.command}" for each in found))
-    return "\n\n".join(parts) + "\n"
+        compared = [each for each in differences if each.data == name]
+        if compared:
+            parts.append(
+                "Differences in points, image by image: 95 % of a paired bootstrap, and McNemar's exact p. "
+                "Each is taken by itself: of twenty without any true difference one shows p < 0.05."
+            )
+            parts.append(build_table_of_differences(compared))
+        commands = [*(each.command for each in found), *(each.command for each in compared)]
+        parts.append("\n".join(f"    {command}" for command in commands))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def describe_training(training: Mapping[str, Any]) -> str:
+    """One line of weights that were trained here."""
+    if "command" in training:
+        return f"{training['num_captions']:,} captions, {training['seconds']:.0f} s; `{training['command']}`"
+    return (
+        f"{training['num_images']:,} training images, {training['num_epochs']} epochs in "
+        f"{training['seconds']:.0f} s; its own classifier: "
+        f"{100 * training['accuracy_of_its_own_classifier']:.1f} %"
+    )
+
+
+def describe_linear(probes: Sequence[Probe]) -> str:
+    """What the linear probe of a set of images saw."""
+    rows = [row for each in probes for row in each.rows if row["protocol"].startswith("linear_")]
+    if not rows:
+        return ""
+    settings = rows[0]["hyperparameters"]
+    views = settings["views_cached"]
+    if views is None:
+        return f" ({settings['num_epochs']} epochs of new views, published: 90)"
+    return f" ({settings['num_epochs']} epochs over {views} cached views: not comparable)"
 
 
 def build_table(probes: Sequence[Probe]) -> str:
@@ -347,9 +525,37 @@ def build_table(probes: Sequence[Probe]) -> str:
     for title, (protocol, metric) in COLUMNS.items():
         cells = [find_cell(each, protocol, metric) for each in probes]
         if any(cells):
-            lines.append(f"| {title} | {' | '.join(cells)} |")
+            shown = title + (describe_linear(probes) if title.startswith("linear") else "")
+            lines.append(f"| {shown} | {' | '.join(cells)} |")
     lines.append(f"| seconds | {' | '.join(f'{each.seconds:.0f}' for each in probes)} |")
     return "\n".join(lines)
+
+
+def build_table_of_differences(differences: Sequence[Difference]) -> str:
+    """One set of images, a column a pair of weights."""
+    names = " | ".join(f"{each.above} − {each.below}" for each in differences)
+    lines = [f"| | {names} |", "|---|" + "---|" * len(differences)]
+    for title, key in COLUMNS.items():
+        cells = [
+            next(
+                (describe_difference(row) for row in each.rows if (row["protocol"], row["metric"]) == key), ""
+            )
+            for each in differences
+        ]
+        if any(cells):
+            lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def describe_difference(row: Mapping[str, Any]) -> str:
+    """A difference with its interval and p; empty where the images cannot be paired."""
+    if row["interval"] is None:
+        return ""
+    value, low, high = (
+        f"{100 * number:.1f}".replace("-", "−") for number in (row["difference"], *row["interval"])
+    )
+    test = f", p {row['mcnemar']['p_value']:.2g}" if row["mcnemar"] else ""
+    return f"{value} ({low} to {high}){test}"
 
 
 def find_cell(probe: Probe, protocol: str, metric: str) -> str:
