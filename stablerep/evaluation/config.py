@@ -103,7 +103,7 @@ class EvaluateConfig(SetOptions):
     or open_clip:ARCHITECTURE/WEIGHTS."""
     data: str
     """Labelled set: a folder with train/ and test/ (optionally validation/) of class folders or of .tar
-    shards with jpg, png or webp + cls; a dataset of `stablerep generate`; torchvision:NAME; hf:ID."""
+    shards with jpg, png or webp + cls or txt; a dataset of `stablerep generate`; torchvision:NAME; hf:ID."""
     output: str | None = None
     """Folder for the results and the report; null makes one in evaluation/ beside the checkpoint, or here."""
     overwrite: bool = False

@@ -47,8 +47,8 @@ class Features:
         values: Features by name, in the storage type, on the CPU.
         labels: Class indices, or which classes an image has.
         names: The images' names.
-        caption_ids: Identity of each image's caption; images of one caption share it. "" without captions.
-        captions: The captions; "" where there are none.
+        caption_ids: Identity of each image's captions; images of the same ones share it. "" without any.
+        captions: What texts say of each image: none, one or several.
         digest: `digest_images` of the whole split.
         unreadable: One line for each image that could not be read.
         ignored: Of a multi-label set, the entries of `labels` that count neither as right nor as wrong.
@@ -61,7 +61,7 @@ class Features:
     labels: Tensor
     names: tuple[str, ...]
     caption_ids: tuple[str, ...]
-    captions: tuple[str, ...]
+    captions: tuple[tuple[str, ...], ...]
     digest: str
     unreadable: tuple[str, ...]
     ignored: Tensor | None = None
@@ -211,7 +211,7 @@ def extract_changed_features(
         "labels": build_targets(kept, dataset),
         "names": tuple(image.name for image in kept),
         "caption_ids": tuple(image.caption_id for image in kept),
-        "captions": tuple(image.caption for image in kept),
+        "captions": tuple(image.captions for image in kept),
         "digest": digest_images(images, found.digests),
         "unreadable": found.unreadable,
         "ignored": build_ignored(kept, dataset),

@@ -41,6 +41,26 @@ def read_templates(name: TemplateSet) -> tuple[str, ...]:
     return tuple(function("{}") for function in functions)
 
 
+def read_imagenet_class_names() -> tuple[str, ...] | None:
+    """The names of ImageNet's 1000 classes that CLIP's authors chose, in the order of their labels.
+
+    WordNet's own call two birds and machines "crane", and two garments "maillot".
+
+    Returns:
+        The names as open_clip has them, None where it is not installed.
+
+    Reference:
+        Radford et al., CLIP, arXiv 2103.00020, its public notebook `Prompt_Engineering_for_ImageNet.ipynb`.
+    """
+    try:
+        import open_clip  # takes seconds to import, and is an extra
+    except ModuleNotFoundError as error:
+        if error.name != "open_clip":
+            raise
+        return None
+    return tuple(open_clip.IMAGENET_CLASSNAMES)
+
+
 def class_name_to_words(class_name: str) -> str:
     """A folder's name as words: "apple_pie" becomes "apple pie"; outer spaces go."""
     return class_name.replace("_", " ").strip()

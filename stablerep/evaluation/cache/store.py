@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -217,7 +217,9 @@ def _read(path: Path, key: FeatureKey, metadata: Mapping[str, str]) -> Features:
         return Features(
             values={key.feature: file.get_tensor("values")},
             labels=file.get_tensor("labels"),
-            **{name: tuple(entries) for name, entries in texts.items()},
+            names=tuple(texts["names"]),
+            caption_ids=tuple(texts["caption_ids"]),
+            captions=tuple(map(tuple, texts["captions"])),
             digest=metadata["digest"],
             unreadable=tuple(json.loads(metadata["unreadable"])),
             ignored=file.get_tensor("ignored") if "ignored" in file.keys() else None,  # noqa: SIM118
@@ -468,13 +470,12 @@ def load_or_embed_texts(
 
 
 def _as_features(values: Tensor, texts: Sequence[str], digest: str) -> Features:
-    empty: Any = ("",) * len(texts)
     return Features(
         values={TEXT_FEATURE: values},
         labels=torch.arange(len(texts)),
         names=tuple(texts),
-        caption_ids=empty,
-        captions=empty,
+        caption_ids=("",) * len(texts),
+        captions=((),) * len(texts),
         digest=digest,
         unreadable=(),
     )

@@ -74,9 +74,14 @@ def read_class_names(config: EvaluateConfig, dataset: LabelledSet) -> list[str]:
 
     Raises:
         FileNotFoundError: If the file is missing.
-        ValueError: If it has not a name for each class.
+        ValueError: If it has not a name for each class, or there is none and the set's are numbers.
     """
     if config.zeroshot.class_names is None:
+        if not dataset.has_class_names:
+            raise ValueError(
+                f"classes of {dataset.name} are called by numbers such as {dataset.classes[0]}: "
+                "zeroshot.class_names FILE gives them names"
+            )
         return list(dataset.classes)
     path = Path(config.zeroshot.class_names)
     names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
@@ -91,14 +96,14 @@ def read_class_names(config: EvaluateConfig, dataset: LabelledSet) -> list[str]:
 def run_retrieval(evaluation: Evaluation) -> list[Row]:
     """Recall of captions by image and of images by caption, over the whole test split."""
     start = time.perf_counter()
-    captions = sorted({image.caption for image in evaluation.dataset.test})
+    captions = sorted({caption for image in evaluation.dataset.test for caption in image.captions})
     embedded = load_or_embed_texts(
         evaluation.model, captions, evaluation.settings, evaluation.cache, description="captions"
     )
     if embedded is None:
         return []
     test = evaluation.features["test"]
-    texts, pairs = pair_captions([[caption] for caption in test.captions])
+    texts, pairs = pair_captions(test.captions)
     place = {caption: row for row, caption in enumerate(captions)}
     images = _embed_images(evaluation)
     result = retrieval_recall(

@@ -1,7 +1,7 @@
 """Labelled sets for evaluation, from wherever they are.
 
     <root>/train/<class>/*.jpg   class folders; test/ beside train/, optionally validation/ or val/
-    <root>/train/*.tar           plain WebDataset shards of `{key}.jpg` + `{key}.cls`
+    <root>/train/*.tar           plain WebDataset shards of `{key}.jpg` + `{key}.cls` or `{key}.txt`
     <root>/dataset.json          a dataset of `stablerep generate`, labelled by its captions; or one a split
     torchvision:CIFAR10          a dataset of torchvision's, under data_root
     hf:NAME[:CONFIG]             a dataset of the Hugging Face hub, or a folder of its library
@@ -36,6 +36,8 @@ class SetOptions:
     """For Hugging Face: column of the images; null takes the only one."""
     data_label_column: str | None = None
     """For Hugging Face and datasets of `stablerep generate`: column of the classes; null finds it."""
+    data_caption_column: str | None = None
+    """For Hugging Face: column of the captions, a text or a list of them an image; null finds it."""
 
 
 def read_labelled_set(data: str | Path, options: SetOptions | None = None) -> LabelledSet:
@@ -64,6 +66,7 @@ def read_labelled_set(data: str | Path, options: SetOptions | None = None) -> La
             text.removeprefix(HUGGING_FACE_PREFIX),
             image_column=options.data_image_column,
             label_column=options.data_label_column,
+            caption_column=options.data_caption_column,
         )
     root = Path(text)
     if "://" in text or (root / _MANIFEST_NAME).is_file():
@@ -77,6 +80,6 @@ def read_labelled_set(data: str | Path, options: SetOptions | None = None) -> La
                 f"{others[0]}/ does not"
             )
         return read_generated_set(text, splits, options.data_label_column)
-    if any(splits["train"].glob("*.tar")):
+    if "train" not in splits or any(splits["train"].glob("*.tar")):
         return read_plain_shards(root, splits)
     return read_class_folders(root, splits)

@@ -1,33 +1,50 @@
 """Splits as folders: of classes, or of plain WebDataset tars.
 
 <root>/train/<class>/*.jpg   <root>/test/<class>/*.jpg   optionally validation/ or val/
-<root>/train/*.tar           <root>/test/*.tar           of `{key}.jpg` + `{key}.cls` (an integer);
+<root>/train/*.tar           <root>/test/*.tar           of `{key}.jpg` + `{key}.cls` (an integer) or
+                                                         `{key}.txt` (captions, one a line), or both;
                                                          optionally classes.txt in the root
+
+Captions stand as img2dataset writes them, several as in the sets of CLIP_benchmark. Shards of which nothing
+is learnt, for retrieval or zero-shot classification, may have `test/` alone.
 """
 
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from stablerep.evaluation.sets.decoding import IMAGE_SUFFIXES
-from stablerep.evaluation.sets.labelled import FileRange, LabelledImage, LabelledSet, build_set
+from stablerep.evaluation.sets.labelled import (
+    FileRange,
+    LabelledImage,
+    LabelledSet,
+    build_set,
+    identify_captions,
+    label_by_captions,
+    name_numbers,
+)
 
 VALIDATION_NAMES = ("validation", "val")
 CLASSES_NAME = "classes.txt"
 TAR_BLOCK_BYTES = 512
+MAX_TEXT_BYTES = 2**20
+_TEXT_SUFFIXES = (".cls", ".txt")
 
 
 def find_splits(root: Path) -> dict[str, Path]:
     """The folders of the splits.
 
     Raises:
-        FileNotFoundError: If the root, `train/` or `test/` is missing.
+        FileNotFoundError: If the root or `test/` is missing, or `train/` where `test/` holds no tars.
         ValueError: If the validation split has two folders.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"labelled set not found: {root} is not a folder")
     splits = {name: root / name for name in ("train", "test")}
+    if not splits["train"].is_dir() and any(splits["test"].glob("*.tar")):
+        del splits["train"]
     for name, folder in splits.items():
         if not folder.is_dir():
             raise FileNotFoundError(
@@ -90,10 +107,13 @@ def _images_in_folder(root: Path, folder: Path, label: int, ignored: Counter[str
 
 
 def read_plain_shards(root: Path, splits: dict[str, Path]) -> LabelledSet:
-    """The names and labels of tars of `{key}.jpg` + `{key}.cls`, in the order of the tars.
+    """The names, labels and captions of tars of `{key}.jpg` + `{key}.cls` or `.txt`, in their order.
+
+    Without labels, the captions are what the images are labelled by.
 
     Raises:
-        ValueError: If a shard is torn or malformed, or classes.txt names too few classes.
+        ValueError: If a shard is torn or malformed, a sample has no label where others have one, or no
+            caption where none has a label, or classes.txt names too few classes.
     """
     ignored: Counter[str] = Counter()
     images = {
@@ -107,22 +127,36 @@ def read_plain_shards(root: Path, splits: dict[str, Path]) -> LabelledSet:
     for split, members in images.items():
         if not members:
             raise ValueError(f"no images in {splits[split]} (looked for .tar shards)")
-    num_classes = max(image.label for members in images.values() for image in members) + 1
-    return build_set(str(root), "classes", name_classes(root, num_classes), images, ignored)
+    every = [image for members in images.values() for image in members]
+    if not any(image.labels for image in every):
+        captions, labelled = label_by_captions(images)
+        return build_set(str(root), "captions", captions, labelled, ignored)
+    for image in every:
+        if not image.labels:
+            raise ValueError(f"{root / image.name}: it has no cls member, as other samples have")
+    last = max(every, key=lambda image: image.label)
+    classes = name_classes(root, last.name, last.label)
+    return build_set(str(root), "classes", classes, images, ignored)
 
 
-def name_classes(root: Path, num_classes: int) -> tuple[str, ...]:
+def name_classes(root: Path, where: str, largest: int) -> tuple[str, ...]:
     """The lines of the root's classes.txt, or else the labels themselves.
 
+    Args:
+        root: The set.
+        where: What error messages call the place of the largest label.
+        largest: That label.
+
     Raises:
-        ValueError: If the file names too few.
+        ValueError: If the file names too few, or the label is too large to be a class.
     """
+    numbers = name_numbers(where, largest)
     file = root / CLASSES_NAME
     if not file.is_file():
-        return tuple(str(label) for label in range(num_classes))
+        return numbers
     classes = tuple(file.read_text(encoding="utf-8").splitlines())
-    if len(classes) < num_classes:
-        raise ValueError(f"{file} names {len(classes)} classes, but the shards hold label {num_classes - 1}")
+    if len(classes) < len(numbers):
+        raise ValueError(f"{file} names {len(classes)} classes, but the shards hold label {largest}")
     return classes
 
 
@@ -132,24 +166,31 @@ def _images_in_shard(root: Path, shard: Path, ignored: Counter[str]) -> Iterator
         folder, _, base = member.name.rpartition("/")
         key, _, extension = base.partition(".")
         suffix = f".{extension.lower()}"
-        if suffix not in (*IMAGE_SUFFIXES, ".cls"):
+        if suffix not in (*IMAGE_SUFFIXES, *_TEXT_SUFFIXES):
             ignored[suffix] += 1
             continue
-        kind = "cls" if suffix == ".cls" else "image"
+        kind = suffix.removeprefix(".") if suffix in _TEXT_SUFFIXES else "image"
         sample = samples.setdefault(f"{folder}/{key}" if folder else key, {})
         if kind in sample:
             raise ValueError(f"{shard}: sample '{key}' has two members for its {kind}: {member.name}")
         sample[kind] = member
     name_of_shard, path = shard.relative_to(root).as_posix(), str(shard)
-    for key, sample in samples.items():
-        if sample.keys() != {"cls", "image"}:
-            raise ValueError(
-                f"{shard}: sample '{key}' has no {'cls' if 'image' in sample else 'image'} member"
+    with open(shard, "rb") as file:
+        for key, sample in samples.items():
+            if sample.keys() == {"txt"}:
+                ignored[".txt"] += 1
+                continue
+            if "image" not in sample:
+                raise ValueError(f"{shard}: sample '{key}' has no image member")
+            image, where = sample["image"], f"{shard}: sample '{key}'"
+            captions = _read_captions(where, file, sample["txt"]) if "txt" in sample else ()
+            yield LabelledImage(
+                name=f"{name_of_shard}/{image.name}",
+                labels=(_read_label(where, file, sample["cls"]),) if "cls" in sample else (),
+                content=FileRange(path, image.offset_data, image.size),
+                caption_id=identify_captions(captions),
+                captions=captions,
             )
-        image = sample["image"]
-        label = _read_label(shard, key, sample["cls"])
-        content = FileRange(path, image.offset_data, image.size)
-        yield LabelledImage(f"{name_of_shard}/{image.name}", (label,), content)
 
 
 def _read_members(shard: Path) -> list[tarfile.TarInfo]:
@@ -173,10 +214,21 @@ def _read_members(shard: Path) -> list[tarfile.TarInfo]:
     return [member for member in members if member.isreg()]
 
 
-def _read_label(shard: Path, key: str, member: tarfile.TarInfo) -> int:
-    with open(shard, "rb") as file:
-        file.seek(member.offset_data)
-        text = file.read(min(member.size, 20)).strip()
+def _read_label(where: str, file: BinaryIO, member: tarfile.TarInfo) -> int:
+    file.seek(member.offset_data)
+    text = file.read(min(member.size, 20)).strip()
     if not (text.isdigit() and member.size <= 20):
-        raise ValueError(f"{shard}: label of sample '{key}' must be an integer >= 0, got {text!r}")
+        raise ValueError(f"{where}: its label must be an integer >= 0, got {text!r}")
     return int(text)
+
+
+def _read_captions(where: str, file: BinaryIO, member: tarfile.TarInfo) -> tuple[str, ...]:
+    """One a line; blank lines are none."""
+    if member.size > MAX_TEXT_BYTES:
+        raise ValueError(f"{where}: its captions may have {MAX_TEXT_BYTES} bytes, got {member.size}")
+    file.seek(member.offset_data)
+    try:
+        lines = file.read(member.size).decode("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: its captions must be UTF-8 ({error.reason})") from error
+    return tuple(line.strip() for line in lines if line.strip())

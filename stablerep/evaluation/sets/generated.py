@@ -26,7 +26,14 @@ from data_gen.shards import (
 )
 from stablerep.data.verification import VerifiedFiles, default_cache_folder
 from stablerep.evaluation.sets.folders import name_classes
-from stablerep.evaluation.sets.labelled import FileRange, LabelledImage, LabelledSet, StoredRange, build_set
+from stablerep.evaluation.sets.labelled import (
+    FileRange,
+    LabelledImage,
+    LabelledSet,
+    StoredRange,
+    build_set,
+    label_by_captions,
+)
 
 LABEL_COLUMNS = ("cls", "label")
 _COLUMNS = ("key", "index", "caption", "caption_id", "tar_offset", "num_bytes", "sha256")
@@ -111,7 +118,7 @@ def _read_shard(split: str, shard: Shard, column: str | None) -> Iterator[_Image
             labels=(),
             content=content,
             caption_id=row["caption_id"],
-            caption=row["caption"],
+            captions=(row["caption"],),
         )
         value = row[column] if column else None
         if column and value is None:
@@ -135,14 +142,8 @@ def _read_rows(shard: Shard, column: str | None) -> pa.Table:
 
 
 def _label_by_caption(name: str, found: Mapping[str, list[_Image]], remarks: list[str]) -> LabelledSet:
-    captions: dict[str, tuple[int, str]] = {}
-    images = {}
-    for split, members in found.items():
-        images[split] = [
-            replace(image, labels=(captions.setdefault(image.caption_id, (len(captions), image.caption))[0],))
-            for image in (member.image for member in members)
-        ]
-    classes = [caption for _, caption in captions.values()]
+    unlabelled = {split: [member.image for member in members] for split, members in found.items()}
+    classes, images = label_by_captions(unlabelled)
     return build_set(name, "captions", classes, images, remarks=remarks)
 
 
@@ -163,4 +164,4 @@ def _number_classes(name: str, values: set[Any]) -> tuple[tuple[str, ...], dict[
         return tuple(str(value) for value in ordered), {value: i for i, value in enumerate(ordered)}
     if min(values) < 0:
         raise ValueError(f"{name}: a label must be >= 0, got {min(values)}")
-    return name_classes(Path(name), max(values) + 1), {value: value for value in values}
+    return name_classes(Path(name), name, max(values)), {value: value for value in values}

@@ -5,7 +5,7 @@ asked for; a dataset of the hub is fetched through its cache, which `HF_HUB_OFFL
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,9 @@ from stablerep.evaluation.sets.labelled import (
     build_set,
     check_num_bytes,
     check_same_classes,
+    identify_captions,
+    label_by_captions,
+    name_numbers,
 )
 
 if TYPE_CHECKING:
@@ -28,6 +31,7 @@ SPLIT_NAMES = {
     "validation": ("validation", "val", "valid", "dev"),
     "test": ("test", "testing"),
 }
+CAPTION_COLUMNS = ("caption", "captions", "text")
 _HIDDEN = (None, -1)  # labels that are not public
 
 
@@ -57,7 +61,7 @@ class TableRow(ImageContent):
 
 @dataclass(frozen=True)
 class _Split:
-    """Labels of one split as the table holds them."""
+    """Labels of one split as the table holds them; None each where there is no column of them."""
 
     name: str
     table: "Dataset"
@@ -69,17 +73,22 @@ class _Split:
 
 
 def read_hugging_face_set(
-    address: str, *, image_column: str | None = None, label_column: str | None = None
+    address: str,
+    *,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    caption_column: str | None = None,
 ) -> LabelledSet:
     """The splits train, validation and test of a dataset.
 
     A dataset without public labels of a test split is tested on its validation split, and says so in its
-    remarks.
+    remarks. One without labels is labelled by its captions and may have a test split alone.
 
     Args:
         address: What stands behind `hf:`.
         image_column: Column of the images; None takes the only one.
         label_column: Column of the labels; None takes the only one of class labels, or else `label`.
+        caption_column: Column of the captions; None takes the first of `CAPTION_COLUMNS` that holds texts.
 
     Raises:
         FileNotFoundError: If there is no such dataset, here or on the hub.
@@ -90,15 +99,24 @@ def read_hugging_face_set(
     tables = _load(name, address)
     first = next(iter(tables.values()))
     image_column = _find_image_column(name, first.features, image_column)
-    label_column = _find_label_column(name, first.features, label_column)
+    caption_column = _find_caption_column(name, first.features, caption_column)
+    if label_column is not None or caption_column is None or _has_labels(first.features):
+        label_column = _find_label_column(name, first.features, label_column)
     for split, table in tables.items():
-        for column in (image_column, label_column):
-            if column not in table.column_names:
+        for column in (image_column, label_column, caption_column):
+            if column is not None and column not in table.column_names:
                 raise ValueError(f"{name}: split {split} has no column '{column}'")
     splits, remarks = _choose_splits(name, tables, label_column)
+    images = {split: _build_images(found, image_column, caption_column) for split, found in splits.items()}
+    if label_column is None:
+        captions, labelled = label_by_captions(images)
+        return build_set(name, "captions", captions, labelled, remarks=remarks)
     targets, classes, labels = _read_labels(name, splits, label_column)
-    images = {split: _build_images(found, image_column, labels[split]) for split, found in splits.items()}
-    return build_set(name, targets, classes, images, remarks=remarks)
+    labelled = {
+        split: [replace(image, labels=own) for image, own in zip(members, labels[split], strict=True)]
+        for split, members in images.items()
+    }
+    return build_set(name, targets, classes, labelled, remarks=remarks)
 
 
 def _load(name: str, address: str) -> "Mapping[str, Dataset]":
@@ -137,6 +155,25 @@ def _find_label_column(name: str, features: Mapping[str, Any], asked: str | None
     return _find_column(name, "label", features, asked, columns)
 
 
+def _has_labels(features: Mapping[str, Any]) -> bool:
+    return "label" in features or any(_class_names(feature) is not None for feature in features.values())
+
+
+def _find_caption_column(name: str, features: Mapping[str, Any], asked: str | None) -> str | None:
+    if asked is None:
+        found = (column for column in CAPTION_COLUMNS if _holds_texts(features.get(column)))
+        return next(found, None)
+    if asked not in features:
+        raise ValueError(f"{name} has no column '{asked}'; it has {', '.join(features)}")
+    if not _holds_texts(features[asked]):
+        raise ValueError(f"{name}: column '{asked}' must hold texts or lists of them")
+    return asked
+
+
+def _holds_texts(feature: Any) -> bool:
+    return getattr(getattr(feature, "feature", feature), "dtype", "") in ("string", "large_string")
+
+
 def _find_column(
     name: str, what: str, features: Mapping[str, Any], asked: str | None, found: list[str]
 ) -> str:
@@ -162,23 +199,26 @@ def _class_names(feature: Any) -> list[str] | None:
 
 
 def _choose_splits(
-    name: str, tables: "Mapping[str, Dataset]", label_column: str
+    name: str, tables: "Mapping[str, Dataset]", label_column: str | None
 ) -> tuple[dict[str, _Split], list[str]]:
     splits: dict[str, _Split] = {}
     remarks = []
     for split, names in SPLIT_NAMES.items():
         if (found := next((other for other in names if other in tables), None)) is not None:
-            splits[split] = _Split(found, tables[found], list(tables[found][label_column]))
-    if "test" in splits and splits["test"].is_hidden:
+            table = tables[found]
+            values = [None] * len(table) if label_column is None else list(table[label_column])
+            splits[split] = _Split(found, table, values)
+    if label_column is not None and "test" in splits and splits["test"].is_hidden:
         remarks.append(f"the labels of {name}'s {splits['test'].name} split are hidden")
         del splits["test"]
     if "test" not in splits and "validation" in splits:
         splits["test"] = splits.pop("validation")
         remarks.append(f"{name}'s {splits['test'].name} split is the test split")
-    for split in ("train", "test"):
+    for split in ("test",) if label_column is None else ("train", "test"):
         if split not in splits:
-            raise ValueError(f"{name} has no {split} split with labels; it has {', '.join(tables)}")
-    for found_split in splits.values():
+            what = "captions" if label_column is None else "labels"
+            raise ValueError(f"{name} has no {split} split with {what}; it has {', '.join(tables)}")
+    for found_split in splits.values() if label_column is not None else ():
         if found_split.is_hidden:
             raise ValueError(f"{name}: the labels of its {found_split.name} split are hidden")
     return splits, remarks
@@ -223,7 +263,7 @@ def _number_values(
             values.update(value if isinstance(value, list) else [value])
     kinds = {type(value) for value in values}
     if kinds == {int} and min(values) >= 0:
-        return tuple(str(label) for label in range(max(values) + 1)), {value: value for value in values}
+        return name_numbers(f"{name}, column '{column}'", max(values)), {value: value for value in values}
     if kinds in ({str}, {bool}):
         ordered = sorted(values)
         return tuple(str(value) for value in ordered), {value: label for label, value in enumerate(ordered)}
@@ -231,11 +271,20 @@ def _number_values(
     raise ValueError(f"{name}: column '{column}' must hold classes, integers >= 0 or words, got {kind_names}")
 
 
-def _build_images(split: _Split, image_column: str, labels: Sequence[tuple[int, ...]]) -> list[LabelledImage]:
+def _build_images(split: _Split, image_column: str, caption_column: str | None) -> list[LabelledImage]:
+    """The images, still without labels."""
     from datasets import Image
 
     table = split.table.select_columns([image_column]).cast_column(image_column, Image(decode=False))
+    texts = [None] * len(table) if caption_column is None else list(split.table[caption_column])
+    captions = map(_list_captions, texts)
     return [
-        LabelledImage(f"{split.name}/{row:06d}", row_labels, TableRow(table, row))
-        for row, row_labels in enumerate(labels)
+        LabelledImage(f"{split.name}/{row:06d}", (), TableRow(table, row), identify_captions(own), own)
+        for row, own in enumerate(captions)
     ]
+
+
+def _list_captions(value: str | Sequence[str | None] | None) -> tuple[str, ...]:
+    """Blank ones and nulls are none."""
+    texts = [value] if value is None or isinstance(value, str) else value
+    return tuple(text.strip() for text in texts if text is not None and text.strip())

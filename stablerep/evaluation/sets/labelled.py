@@ -1,17 +1,23 @@
 """Labelled images by reference: where their bytes lie and what they show."""
 
 import hashlib
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from PIL import Image
 
+from data_gen.captions import caption_id
 from data_gen.shards import Store
 from stablerep.evaluation.sets.decoding import MAX_IMAGE_BYTES, decode_image
 
 Targets = Literal["classes", "multilabel", "captions"]
+
+MAX_NUM_CLASSES = 2**20
+"""Classes that a set may have; a larger number among the labels is none of a class."""
+_NUMBER_OR_ID = re.compile(r"n?\d+")
 
 
 class ImageContent(ABC):
@@ -110,8 +116,8 @@ class LabelledImage:
         name: Unique within the set and the same on every machine, such as `test/hat/0001.jpg`.
         labels: Class indices: one, or any number of them in a multi-label set.
         content: Where its bytes are.
-        caption_id: Identity of its caption; images of one caption share it. "" where there are no captions.
-        caption: The caption.
+        caption_id: Identity of its captions; images of the same ones share it. "" where there are none.
+        captions: What texts say of it: none, one or several.
         ignored_labels: Classes of a multi-label set that count neither as right nor as wrong for the image.
     """
 
@@ -119,7 +125,7 @@ class LabelledImage:
     labels: tuple[int, ...]
     content: ImageContent
     caption_id: str = ""
-    caption: str = ""
+    captions: tuple[str, ...] = ()
     ignored_labels: tuple[int, ...] = ()
 
     @property
@@ -178,8 +184,15 @@ class LabelledSet:
 
     @property
     def has_captions(self) -> bool:
-        """Whether each image has a caption."""
-        return bool(self.test) and all(image.caption_id for image in self.test)
+        """Whether each test image has a caption."""
+        return bool(self.test) and all(image.captions for image in self.test)
+
+    @property
+    def has_class_names(self) -> bool:
+        """Whether the classes are called by words, and not all by numbers or WordNet's ids (n01440764)."""
+        if self.targets == "captions":
+            return False
+        return not all(_NUMBER_OR_ID.fullmatch(name.strip()) for name in self.classes)
 
     def check_has_classes(self, protocol: str) -> None:
         """Refuses a protocol that learns classes on train and predicts them on test, where that cannot be.
@@ -246,6 +259,52 @@ def _check_classes(name: str, classes: Sequence[str], images: Mapping[str, Seque
                     raise ValueError(
                         f"{image.name}: class '{classes[label]}' of {split} has no image in train"
                     )
+
+
+def name_numbers(where: str, largest: int) -> tuple[str, ...]:
+    """The names of classes 0 … largest that have no others.
+
+    Args:
+        where: What error messages call the place of the largest label.
+        largest: That label.
+
+    Raises:
+        ValueError: If it is too large to be a class.
+    """
+    if largest >= MAX_NUM_CLASSES:
+        raise ValueError(f"{where}: a label must be < {MAX_NUM_CLASSES}, got {largest}")
+    return tuple(str(label) for label in range(largest + 1))
+
+
+def identify_captions(captions: Sequence[str]) -> str:
+    """The `caption_id` of an image with these captions: of one caption, that of `stablerep generate`."""
+    ids = [caption_id(caption) for caption in captions]
+    return caption_id(" ".join(ids)) if len(ids) > 1 else "".join(ids)
+
+
+def label_by_captions(
+    images: Mapping[str, Sequence[LabelledImage]],
+) -> tuple[tuple[str, ...], dict[str, list[LabelledImage]]]:
+    """The captions as classes, in the order in which they first occur, and the images with such labels.
+
+    Where images have several captions, a class is called by the first.
+
+    Args:
+        images: Images by split.
+
+    Raises:
+        ValueError: If an image has no caption; names it.
+    """
+    classes: dict[str, tuple[int, str]] = {}
+    labelled: dict[str, list[LabelledImage]] = {}
+    for split, members in images.items():
+        labelled[split] = []
+        for image in members:
+            if not image.captions:
+                raise ValueError(f"{image.name}: it has neither a label nor a caption")
+            label, _ = classes.setdefault(image.caption_id, (len(classes), image.captions[0]))
+            labelled[split].append(replace(image, labels=(label,)))
+    return tuple(caption for _, caption in classes.values()), labelled
 
 
 def check_same_classes(name: str, classes: Mapping[str, Sequence[str]]) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from torchvision import datasets
 
 from stablerep.arguments import suggest
 from stablerep.data.decoding import to_rgb
+from stablerep.evaluation.prompts import read_imagenet_class_names
 from stablerep.evaluation.sets.labelled import (
     FileRange,
     ImageContent,
@@ -24,6 +25,7 @@ from stablerep.evaluation.sets.labelled import (
     LabelledSet,
     build_set,
     check_same_classes,
+    name_numbers,
 )
 
 PREFIX = "torchvision:"
@@ -196,9 +198,12 @@ def read_torchvision_set(name: str, root: str | None, download: bool) -> Labelle
     else:
         names = check_same_classes(f"{PREFIX}{name}", classes)
     if not names:
-        num_classes = 1 + max(image.label for members in images.values() for image in members)
-        names = tuple(str(label) for label in range(num_classes))
+        largest = max(image.label for members in images.values() for image in members)
+        names = name_numbers(f"{PREFIX}{name}", largest)
     remarks = [recipe.remark] if recipe.remark else []
+    if name == "ImageNet" and (known := read_imagenet_class_names()) and len(known) == len(names):
+        names = known
+        remarks.append("class names are open_clip's, as zero-shot figures are published with")
     return build_set(f"{PREFIX}{name}", recipe.targets, names, images, remarks=remarks)
 
 
@@ -213,5 +218,5 @@ def _open(name: str, recipe: _Recipe, root: str, download: bool, options: Mappin
 
 
 def _name_class(entry: Any) -> str:
-    """ImageNet's classes are tuples of synonyms."""
+    """ImageNet's classes are tuples of synonyms, of which two are the first of several classes."""
     return entry[0] if isinstance(entry, tuple) else str(entry)

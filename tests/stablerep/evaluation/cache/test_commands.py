@@ -34,7 +34,7 @@ def cache(tmp_path: Path) -> FeatureCache:
             labels=torch.zeros(10, dtype=torch.int64),
             names=names,
             caption_ids=("",) * 10,
-            captions=("",) * 10,
+            captions=((),) * 10,
             digest="d",
             unreadable=(),
         )

@@ -110,7 +110,7 @@ def test_captions_and_their_ids_are_kept(
     for _ in range(2):
         features = load_or_extract(FakeModel(), dataset, "test", settings, cache, fingerprint)
         assert features is not None
-        assert features.captions == tuple(caption for caption in captions for _ in range(2))
+        assert features.captions == tuple((caption,) for caption in captions for _ in range(2))
         assert features.caption_ids == tuple(image.caption_id for image in dataset.test)
 
 
@@ -377,7 +377,7 @@ def test_cached_features_of_unlike_images_are_computed_anew(
         labels=torch.cat([expected.labels, torch.zeros(1, dtype=torch.int64)]),
         names=tuple(image.name for image in dataset.train),
         caption_ids=("",) * NUM_IMAGES,
-        captions=("",) * NUM_IMAGES,
+        captions=((),) * NUM_IMAGES,
         unreadable=(),
     )
     cache.save(key, of_all, {"model": "fake", "data": "x", "split": "train"})

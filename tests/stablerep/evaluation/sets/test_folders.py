@@ -9,6 +9,7 @@ import pytest
 from torchvision.datasets import ImageFolder
 from webdataset import tariterators
 
+from data_gen.captions import caption_id
 from stablerep.evaluation.sets import LabelledImage, read_labelled_set
 from stablerep.evaluation.sets.labelled import FileRange
 
@@ -138,10 +139,15 @@ def test_a_shard_label_that_train_lacks_is_refused(
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ({"a.png": b"x"}, "sample 'a' has no cls member"),
         ({"a.cls": b"1"}, "sample 'a' has no image member"),
-        ({"a.png": b"x", "a.cls": b"hat"}, "label of sample 'a' must be an integer >= 0, got b'hat'"),
+        ({"a.png": b"x", "a.cls": b"hat"}, "sample 'a': its label must be an integer >= 0, got b'hat'"),
         ({"a.png": b"x", "a.jpg": b"x", "a.cls": b"1"}, "sample 'a' has two members for its image"),
+        ({"a.png": b"x", "a.txt": b"x", "b.cls": b"1"}, "sample 'b' has no image member"),
+        ({"a.png": b"x", "a.txt": b"\xff"}, r"sample 'a': its captions must be UTF-8 \(invalid start byte\)"),
+        (
+            {"a.png": b"x", "a.txt": b"x" * (2**20 + 1)},
+            "sample 'a': its captions may have 1048576 bytes, got 1048577",
+        ),
         ({}, "the tar holds no members"),
     ],
 )
@@ -151,6 +157,97 @@ def test_a_malformed_shard_is_named(
     write_tar(shards / "train" / "bad.tar", members)
     with pytest.raises(ValueError, match=f"bad.tar: {message}"):
         read_labelled_set(shards)
+
+
+def test_captions_stand_beside_the_images_of_shards(
+    tmp_path: Path, write_tar: WriteTar, encode_image: EncodeImage
+) -> None:
+    """Without a label: several captions, one a line; nothing is learnt, so `test/` may be alone."""
+    images = [encode_image("red", seed) for seed in range(3)]
+    texts = ["a hat\n\n  two hats \r\n", "ein Hütchen", "a hat\ntwo hats"]
+    members: dict[str, bytes] = {}
+    for index, (image, text) in enumerate(zip(images, texts, strict=True)):
+        members |= {f"{index}.jpg": image, f"{index}.txt": text.encode(), f"{index}.json": b"{}"}
+    write_tar(tmp_path / "test" / "0.tar", members | {"licence.txt": b"CC0"})
+    dataset = read_labelled_set(tmp_path)
+    assert (dataset.targets, dataset.has_captions, list(dataset.splits)) == ("captions", True, ["test"])
+    assert [image.captions for image in dataset.test] == [
+        ("a hat", "two hats"),
+        ("ein Hütchen",),
+        ("a hat", "two hats"),
+    ]
+    assert [image.read_bytes() for image in dataset.test] == images
+    assert [image.label for image in dataset.test] == [0, 1, 0]
+    assert dataset.classes == ("a hat", "ein Hütchen")
+    assert dataset.num_ignored_files == {".json": 3, ".txt": 1}
+    first, second, third = (image.caption_id for image in dataset.test)
+    assert first == third != second
+    assert second == caption_id("ein Hütchen")
+    with pytest.raises(ValueError, match="knn needs classes, but the labels of .* are its captions"):
+        dataset.check_has_classes("knn")
+
+
+def test_samples_of_shards_may_have_labels_and_captions(
+    shards: Path, write_tar: WriteTar, encode_image: EncodeImage
+) -> None:
+    image = encode_image("red", 1)
+    write_tar(shards / "test" / "00000.tar", {"a.png": image, "a.cls": b"2", "a.txt": b"a hat"})
+    dataset = read_labelled_set(shards)
+    assert dataset.targets == "classes"
+    assert (dataset.test[0].label, dataset.test[0].captions) == (2, ("a hat",))
+    assert dataset.has_captions
+    assert dataset.train[0].captions == ()
+
+
+def test_shards_with_classes_may_have_test_alone(shards: Path) -> None:
+    shutil.rmtree(shards / "train")
+    dataset = read_labelled_set(shards)
+    assert (dataset.targets, len(dataset.test)) == ("classes", 6)
+    with pytest.raises(ValueError, match="knn needs a train and a test split, but .* is one split"):
+        dataset.check_has_classes("knn")
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"a.png": b"x"}, "bad.tar/a.png: it has no cls member, as other samples have"),
+        ({"a.png": b"x", "a.txt": b"a hat"}, "bad.tar/a.png: it has no cls member, as other samples have"),
+        (
+            {"a.png": b"x", "a.cls": b"1000000000"},
+            "bad.tar/a.png: a label must be < 1048576, got 1000000000",
+        ),
+    ],
+)
+def test_a_sample_that_does_not_fit_the_others_is_named(
+    shards: Path, write_tar: WriteTar, members: dict[str, bytes], message: str
+) -> None:
+    write_tar(shards / "train" / "bad.tar", members)
+    with pytest.raises(ValueError, match=message):
+        read_labelled_set(shards)
+
+
+def test_an_image_without_label_and_caption_is_named(tmp_path: Path, write_tar: WriteTar) -> None:
+    for text in ({}, {"b.txt": b"\n \n"}):
+        write_tar(tmp_path / "test" / "0.tar", {"a.png": b"x", "a.txt": b"a hat", "b.png": b"x"} | text)
+        with pytest.raises(ValueError, match=r"test/0.tar/b.png: it has neither a label nor a caption"):
+            read_labelled_set(tmp_path)
+
+
+@pytest.mark.parametrize("names", [["0", "1", "12"], ["n01440764", "n01443537"], ["007", "2"]])
+def test_classes_that_are_called_by_numbers_have_no_names(
+    tmp_path: Path, encode_image: EncodeImage, names: list[str]
+) -> None:
+    def write(name: str) -> None:
+        for split in ("train", "test"):
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            (folder / "a.png").write_bytes(encode_image("red", 1))
+
+    for name in names:
+        write(name)
+    assert not read_labelled_set(tmp_path).has_class_names
+    write("n1 road")
+    assert read_labelled_set(tmp_path).has_class_names
 
 
 def test_a_truncated_shard_is_refused_wherever_it_is_cut(shards: Path) -> None:

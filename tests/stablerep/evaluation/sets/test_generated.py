@@ -45,12 +45,12 @@ def write_with_column(
 def check_against_shards(dataset: LabelledSet, root: Path) -> None:
     """Bytes, captions and ids are those that the format's own reader finds."""
     expected = [
-        (image, sample.caption, sample.caption_id)
+        (image, (sample.caption,), sample.caption_id)
         for shard in list_complete_shards(root)
         for sample in read_samples(shard)
         for image in sample.images
     ]
-    assert [(i.read_bytes(), i.caption, i.caption_id) for i in dataset.test] == expected
+    assert [(i.read_bytes(), i.captions, i.caption_id) for i in dataset.test] == expected
 
 
 def test_captions_are_the_labels_of_a_generated_dataset(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_captions_are_the_labels_of_a_generated_dataset(tmp_path: Path) -> None:
     assert dataset.classes == tuple(captions)
     assert list(dataset.splits) == ["test"]
     assert Counter(image.label for image in dataset.test) == dict.fromkeys(range(5), 4)
-    assert all(dataset.classes[image.label] == image.caption for image in dataset.test)
+    assert all((dataset.classes[image.label],) == image.captions for image in dataset.test)
     assert len({image.name for image in dataset.test}) == 20
     check_against_shards(dataset, tmp_path / "set")
 
@@ -92,7 +92,7 @@ def test_classes_are_learnt_and_predicted_where_the_captions_carry_them(tmp_path
     assert (dataset.targets, dataset.classes) == ("classes", ("hat", "shoe"))
     assert [image.label for image in dataset.train] == [0, 0, 1, 1, 0, 0]
     assert [image.label for image in dataset.test] == [1, 1]
-    assert dataset.test[0].caption == "one shoe"
+    assert dataset.test[0].captions == ("one shoe",)
     dataset.check_has_classes("knn")
 
 
@@ -117,6 +117,7 @@ def test_another_column_is_named_and_a_missing_one_refused(tmp_path: Path) -> No
     [
         ([("a", 0.5)], "double", r"column 'cls' must hold classes \(string, int64, bool\), got double"),
         ([("a", -1)], "int64", r"a label must be >= 0, got -1"),
+        ([("a", 10**9)], "int64", r"set: a label must be < 1048576, got 1000000000"),
         ([("a", "x"), ("b", None)], "string", r"test/00000/\w+.0: its column 'cls' is empty"),
     ],
 )

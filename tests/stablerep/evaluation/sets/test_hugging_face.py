@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 
+from data_gen.captions import caption_id
 from stablerep.evaluation.sets import LabelledSet, SetOptions, read_labelled_set
 
 EncodeImage = Callable[[str, int], bytes]
@@ -127,6 +128,62 @@ def test_class_names_that_differ_between_splits_are_refused(save: Callable[..., 
 def test_numbers_that_are_no_classes_are_refused(save: Callable[..., str]) -> None:
     address = save(Value("float32"), train=[0.5, 1.0], test=[0.5])
     with pytest.raises(ValueError, match="'label' must hold classes, integers >= 0 or words, got float"):
+        read_labelled_set(address)
+
+
+def test_a_number_that_is_too_large_for_a_class_is_refused(save: Callable[..., str]) -> None:
+    address = save(Value("int64"), train=[0, 10**9], test=[0])
+    with pytest.raises(ValueError, match="column 'label': a label must be < 1048576, got 1000000000"):
+        read_labelled_set(address)
+
+
+@pytest.mark.parametrize("column", ["caption", "text", "sentences"])
+def test_images_without_labels_are_labelled_by_their_captions(save: Callable[..., str], column: str) -> None:
+    options = SetOptions(data_caption_column="sentences") if column == "sentences" else None
+    dataset = read_labelled_set(save(Value("string"), column, test=["a hat", "a bag ", "a hat"]), options)
+    assert (dataset.targets, dataset.classes) == ("captions", ("a hat", "a bag"))
+    assert labels_of(dataset) == {"test": [(0,), (1,), (0,)]}
+    assert [image.captions for image in dataset.test] == [("a hat",), ("a bag",), ("a hat",)]
+    assert dataset.test[0].caption_id == dataset.test[2].caption_id == caption_id("a hat")
+    assert dataset.has_captions
+
+
+def test_an_image_may_have_several_captions(save: Callable[..., str]) -> None:
+    rows = [["a hat", "one hat", None], ["a bag", " "], ["one hat", "a hat"]]
+    dataset = read_labelled_set(save(List(Value("string")), "captions", test=rows))
+    assert [image.captions for image in dataset.test] == [
+        ("a hat", "one hat"),
+        ("a bag",),
+        ("one hat", "a hat"),
+    ]
+    assert len({image.caption_id for image in dataset.test}) == 3
+
+
+def test_captions_beside_labels_are_kept(tmp_path: Path, encode_image: EncodeImage) -> None:
+    features = Features({"image": Image(), "label": ClassLabel(names=["x", "y"]), "caption": Value("string")})
+    rows = {
+        "image": [{"bytes": encode_image("red", i), "path": None} for i in range(2)],
+        "label": [0, 1],
+        "caption": ["a hat", None],
+    }
+    table = Dataset.from_dict(rows, features=features)
+    DatasetDict({"train": table, "test": table}).save_to_disk(str(tmp_path / "saved"))
+    dataset = read_labelled_set(f"hf:{tmp_path / 'saved'}")
+    assert (dataset.targets, labels_of(dataset)["test"]) == ("classes", [(0,), (1,)])
+    assert [image.captions for image in dataset.test] == [("a hat",), ()]
+    assert not dataset.has_captions
+
+
+def test_a_caption_that_is_missing_and_a_column_of_none_are_named(save: Callable[..., str]) -> None:
+    address = save(Value("string"), "caption", test=["a hat", None])
+    with pytest.raises(ValueError, match="test/000001: it has neither a label nor a caption"):
+        read_labelled_set(address)
+    with pytest.raises(ValueError, match="has no column 'words'; it has image, caption"):
+        read_labelled_set(address, SetOptions(data_caption_column="words"))
+    with pytest.raises(ValueError, match="column 'image' must hold texts or lists of them"):
+        read_labelled_set(address, SetOptions(data_caption_column="image"))
+    address = save(Value("string"), "caption", train=["a hat"])
+    with pytest.raises(ValueError, match="has no test split with captions; it has train"):
         read_labelled_set(address)
 
 

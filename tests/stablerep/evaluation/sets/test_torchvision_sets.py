@@ -2,12 +2,15 @@
 
 import pickle
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from torchvision import datasets
+from torchvision.models import ResNet18_Weights
 
 from stablerep.evaluation.features import build_ignored
 from stablerep.evaluation.sets import LabelledSet, SetOptions, read_labelled_set
@@ -156,6 +159,38 @@ def test_a_class_of_voc_that_train_lacks_is_refused(tmp_path: Path, encode_image
     annotation.write_text(annotation.read_text().replace("person", "sheep"))
     with pytest.raises(ValueError, match=r"000004.jpg: class 'sheep' of test has no image in train"):
         read("VOC2007", tmp_path)
+
+
+def write_imagenet(root: Path, num_classes: int = 1000) -> list[str]:
+    """An image a class and split, and the list of classes; returns torchvision's names for its models."""
+    names = ResNet18_Weights.IMAGENET1K_V1.meta["categories"][:num_classes]
+    wnids = [f"n{label:08d}" for label in range(num_classes)]
+    torch.save(({wnid: (name, "x") for wnid, name in zip(wnids, names, strict=True)}, []), root / "meta.bin")
+    for split in ("train", "val"):
+        for wnid in wnids:
+            (root / split / wnid).mkdir(parents=True)
+            (root / split / wnid / "0.png").write_bytes(b"x")
+    return list(names)
+
+
+def test_the_classes_of_imagenet_have_the_names_of_published_zero_shot_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = write_imagenet(tmp_path)
+    dataset = read("ImageNet", tmp_path)
+    assert (dataset.classes[134], dataset.classes[517]) == ("crane bird", "construction crane")
+    same = sum(ours.lower() == theirs.lower() for ours, theirs in zip(dataset.classes, names, strict=True))
+    assert same > 650  # most are called alike: the order is that of the labels
+    assert any("class names are open_clip's" in remark for remark in dataset.remarks)
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    without = read("ImageNet", tmp_path)
+    assert list(without.classes) == names
+    assert not any("open_clip" in remark for remark in without.remarks)
+
+
+def test_a_part_of_imagenet_keeps_its_own_names(tmp_path: Path) -> None:
+    names = write_imagenet(tmp_path, num_classes=5)
+    assert list(read("ImageNet", tmp_path).classes) == names
 
 
 def test_the_classes_of_voc_are_its_twenty() -> None:
