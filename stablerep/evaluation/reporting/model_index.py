@@ -108,4 +108,6 @@ def _describe_score(row: Row) -> dict[str, Any]:
             "interval": [float(bound) for bound in row.interval],
             "interval_method": row.interval_method,
         }
+    if row.hyperparameters.get("views_cached") is not None or row.hyperparameters.get("comparable") is False:
+        described["comparable_with_published"] = False
     return described

@@ -331,6 +331,17 @@ def test_model_index_goes_into_a_card() -> None:
         build_model_index([], PROVENANCE, model_name="vit")
 
 
+def test_model_index_says_what_is_not_comparable_with_published_figures() -> None:
+    rows = [
+        row(hyperparameters={"views_cached": None}),
+        row("linear_heldout", hyperparameters={"views_cached": 4}),
+        row("robustness", hyperparameters={"comparable": False}),
+        row("robustness_fog", hyperparameters={"comparable": True}),
+    ]
+    marks = [result.metric_args for result in build_eval_results(rows, PROVENANCE)]
+    assert [mark.get("comparable_with_published") for mark in marks] == [None, False, False, None]
+
+
 @pytest.mark.parametrize(
     ("low", "high"), [(0.0, 1.0), (0.113, 0.42), (2.9, 5.6), (3.0, 3.0), (0, 400), (-1, 7)]
 )
