@@ -53,7 +53,7 @@ from stablerep.backbones import add_backbone_to_checkpoint, build_backbone, load
 from stablerep.cli import main
 from stablerep.evaluation.results import read_results
 from stablerep.evaluation.sets import LabelledImage, read_labelled_set
-from stablerep.evaluation.transforms import build_eval_transform
+from stablerep.loading.model import build_eval_transform
 from stablerep.machine import describe_machine
 
 RESULTS = Path(__file__).parent / "results"
@@ -88,8 +88,8 @@ TEXT_TRAINING = {
     "model.text.num_layers": 2,
     "model.text.num_heads": 2,
     "model.text.out_features": 64,
-    # The scene captions have twenty tokens at most.
-    "model.text.context_length": 24,
+    # Captions of the scene grammar have about 25 tokens at most.
+    "model.text.context_length": 32,
     "trainer.callbacks": "[]",
     "trainer.enable_progress_bar": "false",
 }
