@@ -20,11 +20,11 @@ from torchvision.datasets.folder import find_classes
 from stablerep import distributed
 from stablerep.augment import normalize
 from stablerep.distributed.sharding import ShardedStrategy
-from stablerep.evaluation.transforms import build_eval_transform
 from stablerep.evaluation.knn import knn_classify
 from stablerep.evaluation.ridge import ridge_classify
 from stablerep.evaluation.sets.decoding import decode_image
 from stablerep.flops import count_flops_per_caption, find_peak_flops
+from stablerep.loading.model import build_eval_transform
 
 logger = logging.getLogger(__name__)
 

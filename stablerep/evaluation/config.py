@@ -6,6 +6,7 @@ from typing import Literal, get_args
 from stablerep.evaluation.cache.files import default_cache_folder
 from stablerep.evaluation.corruptions import CORRUPTIONS, SEVERITIES
 from stablerep.evaluation.fewshot import FewShotConfig
+from stablerep.evaluation.geometry import NUM_SAMPLES_FOR_RANK
 from stablerep.evaluation.knn import NUMBERS_OF_NEIGHBOURS
 from stablerep.evaluation.linear import LinearConfig
 from stablerep.evaluation.requirements import parse_requirement
@@ -68,8 +69,9 @@ class ZeroShotConfig:
 class GeometryConfig:
     """Settings of the geometry's measures."""
 
-    num_images: int = 20_000
-    """Images whose pairs are compared and whose rank is taken, at most, >= 2; drawn by the seed."""
+    num_images: int = NUM_SAMPLES_FOR_RANK
+    """Images of which uniformity and RankMe are, at most, >= 2; drawn by the seed. Alignment and LiDAR are of
+    all."""
 
     def __post_init__(self) -> None:
         if self.num_images < 2:

@@ -13,8 +13,8 @@ from torchvision.transforms import v2
 
 from stablerep.evaluation.extraction import ExtractionSettings, extract_views
 from stablerep.evaluation.sets.labelled import LabelledImage, LabelledSet
-from stablerep.evaluation.transforms import ImageChange, build_eval_transform, build_train_transform
-from stablerep.loading.model import InputFormat
+from stablerep.evaluation.transforms import ImageChange, build_train_transform
+from stablerep.loading.model import InputFormat, build_eval_transform
 
 
 class FeatureModel(Protocol):

@@ -25,26 +25,6 @@ class ImageChange:
     apply: Callable[[Tensor, str], Tensor]
 
 
-def build_eval_transform(
-    image_size: int, resize_size: int | None = None, interpolation: str = "bicubic"
-) -> v2.Transform:
-    """The shorter side to `resize_size`, then the central square; uint8 [3, image_size, image_size].
-
-    Args:
-        image_size: Side of the square, pixels.
-        resize_size: What the shorter side is resized to, pixels; None takes 256/224 of the square.
-        interpolation: One of torchvision's.
-    """
-    resize_size = round(image_size * 256 / 224) if resize_size is None else resize_size
-    return v2.Compose(
-        [
-            v2.Resize(resize_size, interpolation=InterpolationMode(interpolation)),
-            v2.CenterCrop(image_size),
-            v2.PILToTensor(),
-        ]
-    )
-
-
 def build_train_transform(image_size: int) -> v2.Transform:
     """RandomResizedCrop of scale (0.08, 1), bicubic, and a horizontal flip; uint8 [3, size, size]."""
     return v2.Compose(

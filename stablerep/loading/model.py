@@ -59,6 +59,26 @@ class InputFormat:
         return round(self.image_size / self.crop_fraction)
 
 
+def build_eval_transform(
+    image_size: int, resize_size: int | None = None, interpolation: str = "bicubic"
+) -> v2.Transform:
+    """The shorter side to `resize_size`, then the central square; uint8 [3, image_size, image_size].
+
+    Args:
+        image_size: Side of the square, pixels.
+        resize_size: What the shorter side is resized to, pixels; None takes 256/224 of the square.
+        interpolation: One of torchvision's.
+    """
+    resize_size = round(image_size * 256 / 224) if resize_size is None else resize_size
+    return v2.Compose(
+        [
+            v2.Resize(resize_size, interpolation=InterpolationMode(interpolation)),
+            v2.CenterCrop(image_size),
+            v2.PILToTensor(),
+        ]
+    )
+
+
 class EvaluationTransform:
     """An image as evaluation shows it to the model: upright RGB, resized, its central square, normalised.
 
@@ -75,11 +95,9 @@ class EvaluationTransform:
         self.input_format = input_format
         self._transform = v2.Compose(
             [
-                v2.Resize(
-                    input_format.resize_size, interpolation=InterpolationMode(input_format.interpolation)
+                build_eval_transform(
+                    input_format.image_size, input_format.resize_size, input_format.interpolation
                 ),
-                v2.CenterCrop(input_format.image_size),
-                v2.PILToTensor(),
                 v2.ToDtype(torch.float32, scale=True),
                 v2.Normalize(list(input_format.mean), list(input_format.std)),
             ]

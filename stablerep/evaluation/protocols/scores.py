@@ -75,7 +75,9 @@ def _list_names(protocol: str, config: EvaluateConfig, dataset: LabelledSet) -> 
 
 def count_shared_captions(dataset: LabelledSet) -> int:
     """Captions that several test images have: alignment needs one, LiDAR two."""
-    counts = Counter(image.caption_id for image in dataset.test if image.caption_id)
+    if not dataset.has_captions:
+        return 0
+    counts = Counter(image.caption_id for image in dataset.test)
     return sum(count > 1 for count in counts.values())
 
 

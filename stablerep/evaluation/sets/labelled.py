@@ -1,6 +1,7 @@
 """Labelled images by reference: where their bytes lie and what they show."""
 
 import hashlib
+import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,6 @@ from typing import Literal
 
 from PIL import Image
 
-from data_gen.captions import caption_id
 from data_gen.shards import Store
 from stablerep.evaluation.sets.decoding import MAX_IMAGE_BYTES, decode_image
 
@@ -277,9 +277,8 @@ def name_numbers(where: str, largest: int) -> tuple[str, ...]:
 
 
 def identify_captions(captions: Sequence[str]) -> str:
-    """The `caption_id` of an image with these captions: of one caption, that of `stablerep generate`."""
-    ids = [caption_id(caption) for caption in captions]
-    return caption_id(" ".join(ids)) if len(ids) > 1 else "".join(ids)
+    """The `caption_id` of an image with these captions in this order; "" without any."""
+    return hashlib.sha256(json.dumps(list(captions)).encode()).hexdigest()[:32] if captions else ""
 
 
 def label_by_captions(

@@ -28,8 +28,8 @@ from stablerep.evaluation.features import (
     extract_features,
 )
 from stablerep.evaluation.sets import LabelledImage, LabelledSet, read_labelled_set
-from stablerep.evaluation.transforms import ImageChange, build_eval_transform, describe_eval_transform
-from stablerep.loading.model import InputFormat, LoadedModel
+from stablerep.evaluation.transforms import ImageChange, describe_eval_transform
+from stablerep.loading.model import InputFormat, LoadedModel, build_eval_transform
 from tests.stablerep.evaluation.fake_model import FakeModel
 from tests.stablerep.ranks import run_on_ranks
 

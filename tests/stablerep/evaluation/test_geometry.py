@@ -11,6 +11,7 @@ from torch import Tensor
 from stablerep.collapse import NUM_EMBEDDINGS_FOR_RANK
 from stablerep.collapse import rank_me as rank_me_in_training
 from stablerep.evaluation import geometry
+from stablerep.evaluation.config import GeometryConfig
 from stablerep.evaluation.geometry import alignment, covariance_spectrum, lidar, rank_me, uniformity
 
 
@@ -22,6 +23,10 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 CAPTION_IDS = torch.tensor([*(7 * i for i in range(10)), 3000] + [7 * i for i in range(15)] * 2)[
     torch.randperm(41, generator=torch.Generator().manual_seed(1))
 ]
+
+
+def test_rank_is_of_as_many_images_as_published() -> None:
+    assert GeometryConfig().num_images == 25_600  # RankMe, section 3.1
 
 
 def test_alignment_of_identical_pairs_is_zero_and_of_opposite_ones_four() -> None:

@@ -25,8 +25,7 @@ from stablerep.evaluation.protocols.robustness import run_robustness
 from stablerep.evaluation.protocols.scores import list_scores
 from stablerep.evaluation.results import Row
 from stablerep.evaluation.sets import LabelledImage, read_labelled_set
-from stablerep.evaluation.transforms import build_eval_transform
-from stablerep.loading.model import InputFormat
+from stablerep.loading.model import InputFormat, build_eval_transform
 from tests.stablerep.evaluation.fake_model import FakeModel
 
 CORRUPTIONS = ("fog", "frost", "contrast")

@@ -9,6 +9,7 @@ from torch.nn.functional import normalize
 
 from stablerep.cli import main
 from stablerep.evaluation.config import EvaluateConfig, ZeroShotConfig
+from stablerep.evaluation.protocols.scores import list_scores
 from stablerep.evaluation.protocols.texts import read_class_names
 from stablerep.evaluation.sets import read_labelled_set
 from stablerep.loading import load_model
@@ -80,6 +81,20 @@ def test_classes_called_by_numbers_need_names_for_zero_shot(
     (shards / "classes.txt").write_text("\n".join(COLOURS))
     by_set = evaluate(text_checkpoint, shards, tmp_path / "b", "--protocols=[zeroshot]")
     assert values_of(by_file) == values_of(by_set)
+
+
+def test_captions_of_some_images_alone_give_neither_retrieval_nor_alignment(
+    shards: Path, write_tar: WriteTar, encode_image: EncodeImage
+) -> None:
+    members: dict[str, bytes] = {}
+    for name, text in (("a", b"a hat"), ("b", b"a hat"), ("c", b"")):
+        members |= {f"{name}.png": encode_image("red", 1), f"{name}.cls": b"1", f"{name}.txt": text}
+    write_tar(shards / "test" / "00000.tar", members)
+    dataset = read_labelled_set(shards)
+    assert not dataset.has_captions
+    config = EvaluateConfig(checkpoint="x", data="x")
+    scores = list_scores(config, dataset, ["geometry"], ["cls"])
+    assert {metric for _, metric, _ in scores} == {"uniformity", "rankme"}
 
 
 def test_names_of_a_file_stand_for_numbers(shards: Path, tmp_path: Path) -> None:
