@@ -69,6 +69,16 @@ def test_class_embeddings_are_normalised_means_of_normalised_prompts() -> None:
         np.testing.assert_allclose(embeddings.numpy(), np.stack(expected), atol=1e-12)
 
 
+def test_imagenets_published_names_are_taken_though_two_pairs_are_alike() -> None:
+    open_clip = pytest.importorskip("open_clip")
+    names = list(open_clip.IMAGENET_CLASSNAMES)
+    assert len(names) - len(set(names)) == 2
+    embeddings = embed_classes(encode, names, PLAIN_TEMPLATES)
+    assert torch.equal(embeddings[names.index("missile")], embeddings[744])
+    with pytest.raises(ValueError, match="class names must differ as words, got 'tench' twice"):
+        embed_classes(encode, [*names, names[0]], PLAIN_TEMPLATES)
+
+
 def test_accuracies_equal_torchmetrics() -> None:
     images, classes, labels = draw(500, 12)
     result = zero_shot_classify(5 * images, classes, labels)
