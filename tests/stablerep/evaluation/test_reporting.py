@@ -339,7 +339,7 @@ def test_model_index_says_what_is_not_comparable_with_published_figures() -> Non
         row("robustness_fog", hyperparameters={"comparable": True}),
     ]
     marks = [result.metric_args for result in build_eval_results(rows, PROVENANCE)]
-    assert [mark.get("comparable_with_published") for mark in marks] == [None, False, False, None]
+    assert [(mark or {}).get("comparable_with_published") for mark in marks] == [None, False, False, None]
 
 
 @pytest.mark.parametrize(
