@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stablerep.evaluation.inputs import check_features, check_labels
+
 MAX_FEATURE_VALUES_IN_MEMORY = 2**25  # 128 MiB of float32 features of episodes at a time
 
 
@@ -172,14 +174,8 @@ def _classify_queries(x: Tensor, num_shots: int) -> Tensor:
 def _check_features(
     features: Tensor, labels: Tensor, config: FewShotConfig, base_mean: Tensor | None
 ) -> None:
-    if features.ndim != 2 or labels.shape != features.shape[:1]:
-        raise ValueError(
-            f"features must be [N, D] and labels [N], got {list(features.shape)} and {list(labels.shape)}"
-        )
-    if not (finite := features.isfinite().all(dim=1)).all():
-        raise ValueError(
-            f"features must be finite, got {int((~finite).sum())} of {len(features)} that are not"
-        )
+    check_features("features", features)
+    check_labels("labels", labels, len(features))
     if config.normalization == "CL2N":
         if base_mean is None:
             raise ValueError("base_mean must be given where fewshot.normalization is CL2N, got None")

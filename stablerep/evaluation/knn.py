@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stablerep.evaluation.inputs import check_features, check_labels
+
 NUMBERS_OF_NEIGHBOURS = (10, 20, 100, 200)
 NUM_TRAIN_ROWS_PER_SLICE = 2**14
 MAX_SIMILARITIES_IN_MEMORY = 2**24  # 64 MiB of float32 similarities at a time
@@ -131,7 +133,7 @@ def knn_classify_by_k(
         Wu et al., CVPR 2018, section 3.4.
     """
     _check_features(train_features, test_features, ks)
-    _check_labels(train_labels, len(train_features), num_classes)
+    check_labels("train_labels", train_labels, len(train_features), num_classes)
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
     labels = train_labels.to(test_features.device).long()
@@ -205,15 +207,8 @@ def _precision(*features: Tensor) -> torch.dtype:
 
 
 def _check_features(train_features: Tensor, test_features: Tensor, ks: Sequence[int]) -> None:
-    if (
-        train_features.ndim != 2
-        or test_features.ndim != 2
-        or train_features.shape[1] != test_features.shape[1]
-    ):
-        raise ValueError(
-            "train_features and test_features must be [N, D] and [M, D], got "
-            f"{list(train_features.shape)} and {list(test_features.shape)}"
-        )
+    check_features("train_features", train_features)
+    check_features("test_features", test_features, width=train_features.shape[1])
     if not ks:
         raise ValueError("ks must name at least 1 number of neighbours, got none")
     for k in ks:
@@ -221,17 +216,3 @@ def _check_features(train_features: Tensor, test_features: Tensor, ks: Sequence[
             raise ValueError(
                 f"k must be in [1, {len(train_features)}] (the number of training features), got {k}"
             )
-    for name, features in (("train_features", train_features), ("test_features", test_features)):
-        for start in range(0, len(features), NUM_TRAIN_ROWS_PER_SLICE):
-            finite = features[start : start + NUM_TRAIN_ROWS_PER_SLICE].isfinite().all(dim=1)
-            if not finite.all():
-                row = start + int((~finite).nonzero()[0])
-                raise ValueError(f"{name} must be finite, got a row {row} that is not")
-
-
-def _check_labels(train_labels: Tensor, num_train: int, num_classes: int) -> None:
-    if train_labels.shape != (num_train,):
-        raise ValueError(f"train_labels must be [{num_train}], got {list(train_labels.shape)}")
-    lowest, highest = int(train_labels.min()), int(train_labels.max())
-    if lowest < 0 or highest >= num_classes:
-        raise ValueError(f"train_labels must be in [0, {num_classes}), got {lowest} to {highest}")

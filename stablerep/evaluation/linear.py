@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from stablerep.evaluation.holdout import SplitBy, hold_out
+
 PUBLISHED_BASE_LEARNING_RATES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 MOMENTUM = 0.9
 INITIAL_STD = 0.01
@@ -73,6 +75,7 @@ class LinearResult:
     Args:
         batch_norm: Whether a BatchNorm without affine stands before the head.
         selection: The images on which head and epoch were chosen; `test` is the published custom.
+        split_by: What stayed whole when they were held out of train; None where they were not.
         base_learning_rate: That of the chosen head.
         epoch: The chosen epoch, from 1.
         predictions: Predicted class of each test image; −1 where the head had diverged.
@@ -83,6 +86,7 @@ class LinearResult:
 
     batch_norm: bool
     selection: Selection
+    split_by: SplitBy | None
     base_learning_rate: float
     epoch: int
     predictions: Tensor
@@ -155,36 +159,6 @@ def cosine_factor(step: int, num_steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * step / num_steps))
 
 
-def split_by_class(labels: Tensor, heldout_fraction: float, *, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of a part to fit and a held-out part, the same share of every class.
-
-    Args:
-        labels: Class indices [N].
-        heldout_fraction: Share of each class to hold out, in (0, 1); at least one image and not all.
-        seed: Seed of the choice.
-
-    Returns:
-        The indices to fit and the held-out ones, each ascending.
-
-    Raises:
-        ValueError: If a class has a single image.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    heldout = []
-    for label in labels.unique().tolist():
-        rows = (labels == label).nonzero().flatten()
-        if len(rows) < 2:
-            raise ValueError(
-                f"class {label} has 1 training image: choosing a head on held-out images needs at least 2, "
-                "or a validation split"
-            )
-        num_heldout = min(max(1, round(heldout_fraction * len(rows))), len(rows) - 1)
-        heldout.append(rows[torch.randperm(len(rows), generator=generator)[:num_heldout]])
-    is_heldout = torch.zeros(len(labels), dtype=torch.bool)
-    is_heldout[torch.cat(heldout)] = True
-    return (~is_heldout).nonzero().flatten(), is_heldout.nonzero().flatten()
-
-
 def choose_head(predictions: Tensor, labels: Tensor) -> tuple[int, int]:
     """The (epoch, head), from 0, of the highest accuracy; of equals the latest epoch, then the first head.
 
@@ -206,6 +180,7 @@ def linear_probe(
     num_classes: int,
     validation: LabelledFeatures | None = None,
     heldout_features: Tensor | None = None,
+    groups: Tensor | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> list[LinearResult]:
@@ -224,6 +199,8 @@ def linear_probe(
         validation: The validation split, if there is one.
         heldout_features: Features [N, D] of the training images under the evaluation transform; needed if
             there is no validation split.
+        groups: Numbers [N] of the training images' captions: those of one are held out together. None holds
+            out image by image.
         seed: Seed of initial weights, order and held-out part.
         device: Where the heads are trained.
 
@@ -231,15 +208,18 @@ def linear_probe(
         Four results: without and with BatchNorm, chosen on test and held-out.
 
     Raises:
-        ValueError: If a class has a single training image and there is no validation split.
+        ValueError: If there is no validation split and no heldout_features, or nothing can be held out.
     """
     everything = torch.arange(len(train_labels))
     selection: Selection = "validation"
+    split_by: SplitBy | None = None
     if validation is None:
         if heldout_features is None:
             raise ValueError("linear_probe needs validation or heldout_features")
         selection = "held-out part of train"
-        fitted, heldout = split_by_class(train_labels, config.heldout_fraction, seed=seed)
+        fitted, heldout, split_by = hold_out(
+            train_labels, groups, fraction=config.heldout_fraction, seed=seed
+        )
         validation = LabelledFeatures(heldout_features[heldout], train_labels[heldout])
     else:
         fitted = everything
@@ -262,11 +242,10 @@ def linear_probe(
     results: list[LinearResult] = []
     for main, chooser in pairs:
         test_predictions = torch.stack(main.predictions[0])
-        choices: tuple[tuple[Selection, tuple[int, int]], ...] = (
-            ("test", choose_head(test_predictions, test.labels)),
-            (selection, choose_head(torch.stack(chooser.predictions[-1]), validation.labels)),
-        )
-        results.extend(main.describe(chosen_on, test_predictions, place) for chosen_on, place in choices)
+        on_test = choose_head(test_predictions, test.labels)
+        on_heldout = choose_head(torch.stack(chooser.predictions[-1]), validation.labels)
+        results.append(main.describe("test", None, test_predictions, on_test))
+        results.append(main.describe(selection, split_by, test_predictions, on_heldout))
     return results
 
 
@@ -317,12 +296,17 @@ class _Probe:
             yield order[step * self.num_images_per_batch : (step + 1) * self.num_images_per_batch]
 
     def describe(
-        self, selection: Selection, test_predictions: Tensor, place: tuple[int, int]
+        self,
+        selection: Selection,
+        split_by: SplitBy | None,
+        test_predictions: Tensor,
+        place: tuple[int, int],
     ) -> LinearResult:
         epoch, head = place
         return LinearResult(
             batch_norm=self.heads.norm is not None,
             selection=selection,
+            split_by=split_by,
             base_learning_rate=self.base_learning_rates[head],
             epoch=epoch + 1,
             predictions=test_predictions[epoch, head].long(),

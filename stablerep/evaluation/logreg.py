@@ -21,15 +21,22 @@ Q diag(e) Qᵀ first, which leaves ‖W‖ as it is; there the second derivative
 e_j · mean p(1 − p) + λ, and that is where L-BFGS starts. With fewer images than features, only the
 eigenvectors in the span of the images are kept: the minimum lies there.
 
+Memory, beside the features as they are given: the turned ones in float64, 8 n (D + 1) bytes; a copy, in their
+own type, of those that are fitted, until they are turned; the arrays of L-BFGS, 32 of (D + 1) C float64 for
+each λ at once (as many λ as fit into 4 GiB, at most 9, at least 1); the weights of the 45 fits; slices of the
+images of 64 MiB, of which a few are alive. No array of n C values is held. With 1.28 million images, D = 1024
+and C = 1000 that is 10.5 + 5.2 (at other times than L-BFGS) + 2.4 + 0.4 GB.
+
 Reference: Tian et al., SynCLR, arXiv 2312.17742, appendix (L-BFGS, 45 λ in logspace(−6, 5), refit on train
-and validation); Liu and Nocedal, "On the limited memory BFGS method for large scale optimization", 1989.
+and validation).
 """
 
+import functools
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -37,19 +44,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from stablerep.evaluation.linear import split_by_class
+from stablerep.evaluation.holdout import HeldOut, SplitBy, hold_out
+from stablerep.evaluation.inputs import check_features, check_labels
+from stablerep.evaluation.lbfgs import NUM_ARRAYS_IN_MEMORY, Evaluation, Minimum, minimise
 from stablerep.evaluation.metrics import accuracy, mean_average_precision, mean_per_class_accuracy
 
 PENALTIES = tuple(float(value) for value in np.logspace(-6, 5, 45))
 TOLERANCE = 1e-5
 MAX_ITERATIONS = 5000
 NUM_PENALTIES_AT_ONCE = 9
-MAX_LOGITS_IN_MEMORY = 2**24  # 128 MiB of float64 at a time, a few times over
-MEMORY = 10
-_SUFFICIENT_DECREASE = 1e-4
-_ROUNDING = 1e-13
-_MAX_STEPS_OF_LINE_SEARCH = 20
-_SMALLEST_CURVATURE = 1e-12
+MAX_WEIGHTS_IN_MEMORY = 2**29  # 4 GiB of float64 in the arrays of L-BFGS
+MAX_VALUES_PER_SLICE = 2**23  # 64 MiB of float64
 
 Selection = Literal["validation", "held-out part of train"]
 Metric = Literal["accuracy", "mean_per_class_accuracy", "map11"]
@@ -66,6 +71,7 @@ class LogisticRegressionResult:
         logits: Logits of the test images, float64; −inf for a class without a training image.
         penalty: The chosen λ.
         selection: The images on which it was chosen.
+        split_by: What stayed whole when they were held out of train; None with a validation split.
         metric: The score by which it was chosen; of λ with the same score the largest.
         penalties: The grid, ascending.
         validation_scores: The score of each λ of the grid, fractions.
@@ -84,6 +90,7 @@ class LogisticRegressionResult:
     logits: Tensor
     penalty: float
     selection: Selection
+    split_by: SplitBy | None
     metric: Metric
     penalties: tuple[float, ...]
     validation_scores: tuple[float, ...]
@@ -123,6 +130,7 @@ def logistic_regression(
     validation: tuple[Tensor, Tensor] | None = None,
     metric: Literal["accuracy", "mean_per_class_accuracy"] = "accuracy",
     penalties: Sequence[float] = PENALTIES,
+    groups: Tensor | None = None,
     heldout_fraction: float = 0.2,
     seed: int = 0,
     tolerance: float = TOLERANCE,
@@ -142,6 +150,8 @@ def logistic_regression(
             λ is chosen on a held-out part of train, and the refit is on all of train.
         metric: The score by which λ is chosen.
         penalties: The grid of λ, each > 0.
+        groups: Numbers of the training images' captions: those of one are held out together. None holds
+            out image by image.
         heldout_fraction: Share of each class that is held out if there is no validation split, in (0, 1).
         seed: Seed of what is held out.
         tolerance: Converged is a fit whose gradient has, for each class, at most this 2-norm; none of its
@@ -149,42 +159,41 @@ def logistic_regression(
         max_iterations: Iterations of L-BFGS after which a fit is given up, at least 1.
 
     Shapes:
-        train_features [N, D], train_labels [N], test_features [M, D], validation [V, D] and [V].
+        train_features [N, D], train_labels, groups [N], test_features [M, D], validation [V, D] and [V].
 
     Raises:
         ValueError: If an argument is out of its bounds, the shapes do not match, a feature is not finite,
-            train shows fewer than 2 classes, or a class has a single image and there is no validation split.
+            train shows fewer than 2 classes, or nothing can be held out and there is no validation split.
 
     Reference:
         Tian et al., SynCLR, arXiv 2312.17742, appendix; Kornblith et al., "Do better ImageNet models transfer
         better?", CVPR 2019.
     """
-    _check_settings(penalties, heldout_fraction, tolerance, max_iterations)
+    _check_settings(penalties, tolerance, max_iterations)
     if num_classes < 2:
         raise ValueError(f"num_classes must be >= 2, got {num_classes}")
     _check_features(train_features, test_features, validation)
-    _check_classes("train", train_labels, len(train_features), num_classes)
+    check_labels("train_labels", train_labels, len(train_features), num_classes)
     device = train_features.device
     train = _Examples(train_features, train_labels.to(device).long())
-    present = train.labels.unique()
-    if len(present) < 2:
-        raise ValueError(f"train_labels must have at least 2 classes, got {len(present)}")
+    if (num_present := len(train.labels.unique())) < 2:
+        raise ValueError(f"train_labels must have at least 2 classes, got {num_present}")
     held_out = None
     if validation is not None:
-        _check_classes("validation", validation[1], len(validation[0]), num_classes)
+        check_labels("validation_labels", validation[1], len(validation[0]), num_classes)
         held_out = _Examples(validation[0].to(device), validation[1].to(device).long())
 
-    def split() -> tuple[Tensor, Tensor]:
-        return split_by_class(train.labels.cpu(), heldout_fraction, seed=seed)
+    def split() -> HeldOut:
+        return hold_out(train.labels, groups, fraction=heldout_fraction, seed=seed)
 
-    def score(logits: Tensor, examples: _Examples) -> float:
+    def score(predictions: Tensor, examples: _Examples) -> float:
         function = accuracy if metric == "accuracy" else mean_per_class_accuracy
-        return function(logits.argmax(dim=1), examples.labels)
+        return function(predictions, examples.labels)
 
     def build(examples: _Examples) -> _Softmax:
         return _Softmax(examples.labels, num_classes)
 
-    protocol = _Protocol(metric, split, score, build)
+    protocol = _Protocol(metric, split, lambda logits: logits.argmax(dim=1), score, build)
     return _choose_and_refit(
         train, held_out, test_features.to(device), protocol, penalties, tolerance, max_iterations
     )
@@ -199,6 +208,7 @@ def multilabel_logistic_regression(
     validation: tuple[Tensor, Tensor] | None = None,
     validation_ignored: Tensor | None = None,
     penalties: Sequence[float] = PENALTIES,
+    groups: Tensor | None = None,
     heldout_fraction: float = 0.2,
     seed: int = 0,
     tolerance: float = TOLERANCE,
@@ -219,36 +229,39 @@ def multilabel_logistic_regression(
             refit is on all of train.
         validation_ignored: Entries of the validation labels to ignore; none if not given.
         penalties: The grid of λ, each > 0.
+        groups: As for `logistic_regression`.
         heldout_fraction: Share that is held out if there is no validation split, in (0, 1).
         seed: Seed of what is held out.
         tolerance: Converged is a fit whose gradient has, for each class, at most this 2-norm.
         max_iterations: Iterations of L-BFGS after which a fit is given up, at least 1.
 
     Shapes:
-        train_features [N, D], train_labels [N, C] bool, test_features [M, D], train_ignored [N, C] bool,
-        validation [V, D] and [V, C] bool, validation_ignored [V, C] bool.
+        train_features [N, D], train_labels [N, C] bool, groups [N], test_features [M, D], train_ignored
+        [N, C] bool, validation [V, D] and [V, C] bool, validation_ignored [V, C] bool.
 
     Raises:
         ValueError: If an argument is out of its bounds, the shapes do not match, a feature is not finite, or
-            a class has no entry that counts in train.
+            a class has no entry that counts in train, or nothing can be held out and there is no validation
+            split.
 
     Reference:
         Everingham et al., IJCV 2010, section 4.2; Kornblith et al., CVPR 2019.
     """
-    _check_settings(penalties, heldout_fraction, tolerance, max_iterations)
+    _check_settings(penalties, tolerance, max_iterations)
     _check_features(train_features, test_features, validation)
-    train = _read_labels("train", train_features, train_labels, train_ignored, train_features.device)
+    device = train_features.device
+    train = _read_labels("train", train_features, train_labels, train_ignored, device)
     held_out = None
     if validation is not None:
-        held_out = _read_labels("validation", *validation, validation_ignored, train_features.device)
+        held_out = _read_labels("validation", *validation, validation_ignored, device)
         if held_out.labels.shape[1] != train.labels.shape[1]:
             raise ValueError(
                 f"validation_labels must be [V, {train.labels.shape[1]}], got {list(validation[1].shape)}"
             )
 
-    def split() -> tuple[Tensor, Tensor]:
+    def split() -> HeldOut:
         assert train.counted is not None
-        return _split_by_rarest_label(train.labels & train.counted, heldout_fraction, seed)
+        return hold_out(train.labels & train.counted, groups, fraction=heldout_fraction, seed=seed)
 
     def score(logits: Tensor, examples: _Examples) -> float:
         assert examples.counted is not None
@@ -258,24 +271,27 @@ def multilabel_logistic_regression(
         assert examples.counted is not None
         return _Sigmoid(examples.labels, examples.counted)
 
-    protocol = _Protocol("map11", split, score, build)
+    protocol = _Protocol("map11", split, lambda logits: logits, score, build)
     return _choose_and_refit(
-        train,
-        held_out,
-        test_features.to(train_features.device),
-        protocol,
-        penalties,
-        tolerance,
-        max_iterations,
+        train, held_out, test_features.to(device), protocol, penalties, tolerance, max_iterations
     )
 
 
 @dataclass(frozen=True)
 class _Protocol:
-    """What tells one class an image from several labels."""
+    """What tells one class an image from several labels.
+
+    Args:
+        metric: The score.
+        split: The part of train to hold out.
+        decide: What the score looks at, from logits [M, C].
+        score: The score of that.
+        build: The loss of images.
+    """
 
     metric: Metric
-    split: Callable[[], tuple[Tensor, Tensor]]
+    split: Callable[[], HeldOut]
+    decide: Callable[[Tensor], Tensor]
     score: Callable[[Tensor, _Examples], float]
     build: Callable[[_Examples], "_Loss"]
 
@@ -290,38 +306,30 @@ def _choose_and_refit(
     max_iterations: int,
 ) -> LogisticRegressionResult:
     grid = sorted(penalties)
-    fitted, everything = train, train
-    selection: Selection = "validation"
+    split = None
     if held_out is None:
-        selection = "held-out part of train"
-        rows, held_out_rows = (each.to(train.features.device) for each in protocol.split())
-        fitted, held_out = train.rows(rows), train.rows(held_out_rows)
-    else:
-        everything = train.joined(held_out)
+        split = protocol.split()
+        held_out = train.rows(split.held_out)
 
-    scores: list[float] = []  # of the largest λ first
-    fits: list[_Fit] = []
-    space = _Space(fitted.features)
-    problem = _Problem(space, protocol.build(fitted))
-    held_out_z = space.transform(held_out.features)
-    descending = grid[::-1]
-    size = problem.num_penalties_at_once()
-    with tqdm(total=len(grid), desc="logistic regression", unit=" λ", leave=False) as progress:
-        for start in range(0, len(grid), size):
-            first_guess = fits[-1].weight if fits else None
-            for fit in _minimise(
-                problem, descending[start : start + size], first_guess, tolerance, max_iterations
-            ):
-                fits.append(fit)
-                scores.append(protocol.score(problem.logits(held_out_z, fit), held_out))
-                progress.update()
-    scores, fits = scores[::-1], fits[::-1]
+    def pose(values: Sequence[float], *, refit: bool) -> _Problem:
+        """The copy of the features that some of these are lives no longer than this call."""
+        if split is not None:
+            examples = train if refit else train.rows(split.fitted)
+        else:
+            examples = train.joined(held_out) if refit else train
+        return _Problem(_Space(examples.features), protocol.build(examples), values)
+
+    problem = pose(grid[::-1], refit=False)
+    fits = _fit_grid(problem, tolerance, max_iterations)[::-1]
+    weights = [fit.weight for fit in fits]
+    decisions = list(zip(*problem.predict(held_out.features, weights, protocol.decide), strict=True))
+    scores = tuple(protocol.score(torch.cat(parts), held_out) for parts in decisions)
     best = max(range(len(grid)), key=lambda index: (scores[index], index))
 
-    space = _Space(everything.features)
-    problem = _Problem(space, protocol.build(everything))
-    refit = _minimise(problem, [grid[best]], None, tolerance, max_iterations)[0]
-    logits = problem.logits(space.transform(test_features), refit)
+    del problem, weights, decisions
+    problem = pose([grid[best]], refit=True)
+    (refit,) = _fit_grid(problem, tolerance, max_iterations)
+    logits = torch.cat([part for (part,) in problem.predict(test_features, [refit.weight])])
     warnings = _find_warnings(grid, best, fits[best].converged, refit.converged, max_iterations)
     for warning in warnings:
         logger.warning("logistic regression: %s", warning)
@@ -330,16 +338,31 @@ def _choose_and_refit(
         predictions=logits > 0 if several else logits.argmax(dim=1),
         logits=logits,
         penalty=grid[best],
-        selection=selection,
+        selection="validation" if split is None else "held-out part of train",
+        split_by=None if split is None else split.split_by,
         metric=protocol.metric,
         penalties=tuple(grid),
-        validation_scores=tuple(scores),
+        validation_scores=scores,
         converged=tuple(fit.converged for fit in fits),
         num_iterations=tuple(fit.num_iterations for fit in fits),
         refit_converged=refit.converged,
         refit_num_iterations=refit.num_iterations,
         warnings=warnings,
     )
+
+
+def _fit_grid(problem: "_Problem", tolerance: float, max_iterations: int) -> list[Minimum]:
+    """The fits at the problem's penalties; each batch of them starts from the last of the one before."""
+    fits: list[Minimum] = []
+    guess = problem.first_guess()
+    numbers = torch.arange(len(problem.penalties), device=guess.device)
+    num_at_once = MAX_WEIGHTS_IN_MEMORY // (NUM_ARRAYS_IN_MEMORY * guess.numel())
+    with tqdm(total=len(numbers), desc="logistic regression", unit=" λ", leave=False) as progress:
+        for some in numbers.split(max(1, min(NUM_PENALTIES_AT_ONCE, num_at_once))):
+            fits += minimise(problem, guess, some, tolerance=tolerance, max_iterations=max_iterations)
+            guess = fits[-1].weight
+            progress.update(len(some))
+    return fits
 
 
 def _find_warnings(
@@ -370,75 +393,104 @@ class _Space:
     """
 
     def __init__(self, features: Tensor) -> None:
-        x = features.double()
-        num_images, num_features = x.shape
-        self.mean = x.mean(dim=0)
+        num_images, num_features = features.shape
+        self.mean = _sum(x.sum(dim=0) for x in _to_float64(features)) / num_images
+        squares = _sum((x - self.mean).square_().sum(dim=0) for x in _to_float64(features))
+        deviation = (squares / num_images).sqrt()
         # Of a constant feature the computed deviation may be a rounding error and not 0.
         constant = features.amin(dim=0) == features.amax(dim=0)
-        self.scale = x.std(dim=0, correction=0).masked_fill(constant, 1.0)
-        x = (x - self.mean) / self.scale
+        self.scale = deviation.masked_fill(constant, 1.0)
         if num_features <= num_images:
-            _, self.basis = torch.linalg.eigh(x.T @ x)
+            standardised = map(self._standardise, _to_float64(features))
+            _, self.basis = torch.linalg.eigh(_sum(x.T @ x for x in standardised))
         else:
-            squares, left = torch.linalg.eigh(x @ x.T)
+            x = self._standardise(features.double())
+            values, left = torch.linalg.eigh(x @ x.T)
             # Below this an eigenvalue is rounding: centring alone makes one of them 0.
-            kept = squares > num_images * torch.finfo(torch.float64).eps * squares[-1]
-            self.basis = x.T @ (left[:, kept] / squares[kept].sqrt())
-        self.z = self._turn(x)
-        self.variances = self.z.square().mean(dim=0)
+            kept = values > num_images * torch.finfo(torch.float64).eps * values[-1]
+            self.basis = x.T @ (left[:, kept] / values[kept].sqrt())
+        self.z = self.transform(features)
+        self.variances = _sum(z.square().sum(dim=0) for z in _slices(self.z)) / num_images
 
     def transform(self, features: Tensor) -> Tensor:
-        """Coordinates [M, R + 1] of other images."""
-        return self._turn((features.double() - self.mean) / self.scale)
+        """Coordinates [M, R + 1] of images."""
+        z = self.mean.new_ones(len(features), self.basis.shape[1] + 1)
+        for part, x in zip(_slices(z, features.shape[1]), _to_float64(features), strict=True):
+            part[:, :-1] = self._standardise(x) @ self.basis
+        return z
 
-    def _turn(self, x: Tensor) -> Tensor:
-        return F.pad(x @ self.basis, (0, 1), value=1.0)
+    def _standardise(self, x: Tensor) -> Tensor:
+        return (x - self.mean).div_(self.scale)
+
+
+def _slices(x: Tensor, num_values_per_row: int | None = None) -> tuple[Tensor, ...]:
+    """Rows of x in slices of a bounded number of values; of its own unless given."""
+    width = x.shape[1] if num_values_per_row is None else num_values_per_row
+    return x.split(max(1, MAX_VALUES_PER_SLICE // max(1, width)))
+
+
+def _to_float64(features: Tensor) -> Iterator[Tensor]:
+    return (part.double() for part in _slices(features))
+
+
+def _sum(parts: Iterator[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, parts)
 
 
 class _Loss(Protocol):
-    """The part of f that depends on the logits, less its linear part, for G penalties at once.
+    """The part of f that depends on the logits, for G penalties at once, a slice of the images at a time.
 
     Args:
-        linear: Coefficients of the linear part by image and class: f = loss − Σ linear · logits + penalty.
+        num_classes: C of the predictions.
         first_bias: Bias without features, or near it.
-        dims: The dimensions of [R + 1, G, C] whose entries depend on each other.
+        has_independent_columns: Whether each class is a problem of its own.
 
     Shapes:
-        linear [N, C], first_bias [C].
+        first_bias [C'], of the classes that are fitted.
     """
 
-    linear: Tensor
+    num_classes: int
     first_bias: Tensor
-    dims: ClassVar[tuple[int, ...]]
+    has_independent_columns: ClassVar[bool]
 
-    def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Value [1, G, 1] (independent classes: [1, G, C]) and derivative [N, G, C] of logits [N, G, C]."""
+    def __call__(
+        self, logits: Tensor, rows: slice, *, with_curvature: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Of logits [n, G, C'], which it may overwrite, of the images `rows`.
 
-    def curvature(self, derivative: Tensor) -> Tensor:
-        """Sum of the second derivatives by the logits of each class, [1, G, C]."""
+        Returns:
+            The part of f, [1, G, 1] (independent classes: [1, G, C']); its derivative by the logits,
+            [n, G, C']; the sum over the images of the second ones by the logits of each class, [1, G, C'].
+        """
 
     def spread(self, logits: Tensor) -> Tensor:
         """Logits [M, C'] of the fitted classes as logits [M, C] of all."""
 
 
 class _Softmax:
-    dims: ClassVar[tuple[int, ...]] = (0, 2)
+    has_independent_columns: ClassVar[bool] = False
 
     def __init__(self, labels: Tensor, num_classes: int) -> None:
         self.num_classes = num_classes
-        self.classes, labels = labels.unique(return_inverse=True)  # the bias of any other is −inf
-        self.linear = F.one_hot(labels).double() / len(labels)
-        self.first_bias = self.linear.sum(dim=0).log()
+        self.classes, self.labels = labels.unique(return_inverse=True)  # the bias of any other is −inf
+        self.first_bias = (self.labels.bincount().double() / len(labels)).log()
 
-    def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        largest = logits.amax(dim=2, keepdim=True)
-        exponentials = (logits - largest).exp_()
+    def __call__(
+        self, logits: Tensor, rows: slice, *, with_curvature: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        num_images = len(self.labels)
+        own = self.labels[rows, None, None].expand(-1, logits.shape[1], 1)
+        logits -= logits.amax(dim=2, keepdim=True)
+        shifted = logits.gather(2, own)
+        exponentials = logits.exp_()
         sums = exponentials.sum(dim=2, keepdim=True)
-        value = (largest + sums.log()).mean(dim=0, keepdim=True)
-        return value, exponentials.div_(sums * len(logits))
-
-    def curvature(self, derivative: Tensor) -> Tensor:
-        return (derivative.sum(dim=0) - len(derivative) * derivative.square().sum(dim=0))[None]
+        value = (sums.log() - shifted).sum(dim=0, keepdim=True) / num_images
+        probabilities = exponentials.div_(sums)
+        curvature = None
+        if with_curvature:
+            curvature = (probabilities.sum(dim=0) - probabilities.square().sum(dim=0))[None] / num_images
+        error = probabilities.scatter_add_(2, own, probabilities.new_full((1, 1, 1), -1.0).expand_as(own))
+        return value, error.div_(num_images), curvature
 
     def spread(self, logits: Tensor) -> Tensor:
         everything = logits.new_full((len(logits), self.num_classes), -math.inf)
@@ -447,235 +499,82 @@ class _Softmax:
 
 
 class _Sigmoid:
-    dims: ClassVar[tuple[int, ...]] = (0,)
+    has_independent_columns: ClassVar[bool] = True
 
     def __init__(self, labels: Tensor, counted: Tensor) -> None:
-        self.weight = counted.double() / counted.sum(dim=0).clamp(min=1)
-        self.linear = self.weight * labels
+        self.num_classes = labels.shape[1]
+        self.labels = labels
+        self.counted = counted
+        self.num_counted = counted.sum(dim=0).clamp(min=1)
         # One image of each kind more than there are: a class that all show, or none, has no finite bias.
         shown = (labels & counted).sum(dim=0) + 1
         self.first_bias = (shown / (counted.sum(dim=0) + 2 - shown)).log().double()
 
-    def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        weight = self.weight[:, None]
-        value = (weight * F.softplus(logits, threshold=40.0)).sum(dim=0, keepdim=True)
-        return value, weight * logits.sigmoid()
-
-    def curvature(self, derivative: Tensor) -> Tensor:
-        weight = self.weight[:, None]
-        return (derivative - derivative.square() / weight.clamp(min=1e-300)).sum(dim=0, keepdim=True)
+    def __call__(
+        self, logits: Tensor, rows: slice, *, with_curvature: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        weight = (self.counted[rows].double() / self.num_counted)[:, None]
+        labels = self.labels[rows, None].double()
+        losses = F.softplus(logits, threshold=40.0).sub_(labels * logits).mul_(weight)
+        probabilities = logits.sigmoid_()
+        curvature = None
+        if with_curvature:
+            curvature = (weight * probabilities * (1 - probabilities)).sum(dim=0, keepdim=True)
+        return losses.sum(dim=0, keepdim=True), probabilities.sub_(labels).mul_(weight), curvature
 
     def spread(self, logits: Tensor) -> Tensor:
         return logits
 
 
 class _Problem:
-    """The images of a fit in their own coordinates, and the loss of their labels."""
+    """f of the module at each of the penalties, as `stablerep.evaluation.lbfgs.Functions`."""
 
-    def __init__(self, space: _Space, loss: _Loss) -> None:
-        self.z = space.z
-        self.variances = space.variances
+    def __init__(self, space: _Space, loss: _Loss, penalties: Sequence[float]) -> None:
+        self.space = space
         self.loss = loss
-        self.linear = self.z.T @ loss.linear  # [R + 1, C]
+        self.penalties = space.z.new_tensor(penalties)
 
-    def num_penalties_at_once(self) -> int:
-        return max(1, min(NUM_PENALTIES_AT_ONCE, MAX_LOGITS_IN_MEMORY // self.loss.linear.numel()))
+    @property
+    def has_independent_columns(self) -> bool:
+        return self.loss.has_independent_columns
 
-    def logits(self, z: Tensor, fit: "_Fit") -> Tensor:
-        """Logits [M, C] of images in the coordinates z [M, R + 1]."""
-        return self.loss.spread(z @ fit.weight)
+    def first_guess(self) -> Tensor:
+        """Weights [R + 1, C] of no features."""
+        guess = self.space.z.new_zeros(self.space.z.shape[1], len(self.loss.first_bias))
+        guess[-1] = self.loss.first_bias
+        return guess
 
+    def __call__(self, weight: Tensor, which: Tensor, *, with_diagonal: bool) -> Evaluation:
+        """Values, gradients and diagonals; see `stablerep.evaluation.lbfgs.Functions`."""
+        penalty = self.penalties[which][:, None]
+        gradient = penalty * weight
+        gradient[-1] = 0  # the bias
+        dims = (0,) if self.has_independent_columns else (0, 2)
+        value = (gradient * weight).sum(dim=dims, keepdim=True) / 2
+        curvature = torch.zeros_like(weight[:1])
+        flat, start = weight.flatten(1), 0
+        for z in _slices(self.space.z, flat.shape[1]):
+            logits = (z @ flat).unflatten(1, weight.shape[1:])
+            rows = slice(start, start + len(z))
+            part, derivative, bend = self.loss(logits, rows, with_curvature=with_diagonal)
+            value += part
+            gradient.flatten(1).addmm_(z.T, derivative.flatten(1))
+            if bend is not None:
+                curvature += bend
+            start += len(z)
+        diagonal = None
+        if with_diagonal:
+            diagonal = self.space.variances[:, None, None] * curvature
+            diagonal[:-1] += penalty
+        return Evaluation(value, gradient, diagonal)
 
-class _Fit(NamedTuple):
-    """A minimum: weight [R + 1, C], the last row the bias."""
-
-    weight: Tensor
-    converged: bool
-    num_iterations: int
-
-
-@dataclass
-class _State:
-    """Where L-BFGS stands for G penalties: weights, what follows from them, and what it has learnt.
-
-    Shapes:
-        penalty [R + 1, G, 1], weight, gradient [R + 1, G, C], logits [N, G, C], value, scale [1, G, 1 or C],
-        curvature [1, G, C]; of each pair s, y [R + 1, G, C] and 1/sᵀy [1, G, 1 or C], oldest first.
-    """
-
-    penalty: Tensor
-    weight: Tensor
-    gradient: Tensor
-    logits: Tensor
-    value: Tensor
-    scale: Tensor
-    curvature: Tensor
-    pairs: list[tuple[Tensor, Tensor, Tensor]]
-
-    def keep(self, columns: Tensor) -> "_State":
-        def take(each: Tensor) -> Tensor:
-            return each.index_select(1, columns)
-
-        return _State(
-            take(self.penalty),
-            take(self.weight),
-            take(self.gradient),
-            take(self.logits),
-            take(self.value),
-            take(self.scale),
-            take(self.curvature),
-            [(take(s), take(y), take(inverse_product)) for s, y, inverse_product in self.pairs],
-        )
-
-
-def _minimise(
-    problem: _Problem,
-    penalties: Sequence[float],
-    first_guess: Tensor | None,
-    tolerance: float,
-    max_iterations: int,
-) -> list[_Fit]:
-    """L-BFGS for G penalties side by side, each until it has converged or is given up."""
-    state = _start(problem, penalties, first_guess)
-    active = list(range(len(penalties)))
-    fits: dict[int, _Fit] = {}
-    for iteration in range(max_iterations + 1):
-        converged = state.gradient.square().sum(dim=0).amax(dim=1).sqrt() <= tolerance
-        finished = converged | (iteration == max_iterations)
-        if finished.any():
-            for column in finished.nonzero().flatten().tolist():
-                weight = state.weight[:, column].clone()
-                fits[active[column]] = _Fit(weight, bool(converged[column]), iteration)
-            kept = (~finished).nonzero().flatten()
-            if not len(kept):
-                break
-            active = [active[column] for column in kept.tolist()]
-            state = state.keep(kept)
-        # The share of each class changes fast at first, slowly later.
-        _step(problem, state, renew_curvature=(iteration + 1) & iteration == 0)
-    return [fits[index] for index in range(len(penalties))]
-
-
-def _start(problem: _Problem, penalties: Sequence[float], first_guess: Tensor | None) -> _State:
-    penalty = problem.z.new_tensor(penalties).repeat(problem.z.shape[1], 1)[..., None]
-    penalty[-1] = 0  # the bias
-    if first_guess is None:
-        first_guess = torch.zeros_like(problem.linear)
-        first_guess[-1] = problem.loss.first_bias
-    weight = first_guess[:, None].repeat(1, len(penalties), 1)
-    logits = _multiply(problem.z, weight)
-    value, derivative = problem.loss(logits)
-    return _State(
-        penalty=penalty,
-        weight=weight,
-        gradient=_multiply(problem.z.T, derivative) - problem.linear[:, None] + penalty * weight,
-        logits=logits,
-        value=value,
-        scale=torch.ones_like(value),
-        curvature=problem.loss.curvature(derivative),
-        pairs=[],
-    )
-
-
-def _step(problem: _Problem, state: _State, *, renew_curvature: bool) -> None:
-    """One iteration of L-BFGS, in place."""
-
-    def dot(a: Tensor, b: Tensor) -> Tensor:
-        return (a * b).sum(dim=problem.loss.dims, keepdim=True)
-
-    def inverse_hessian() -> Tensor:
-        diagonal = problem.variances[:, None, None] * state.curvature + state.penalty
-        return 1 / diagonal.clamp(min=_SMALLEST_CURVATURE)
-
-    initial = state.scale * inverse_hessian()
-    direction = -_multiply_by_inverse_hessian(state.gradient, state.pairs, initial, dot)
-    step, derivative = _search_line(problem, state, direction, dot)
-    s = step * direction
-    state.weight = state.weight + s
-    gradient = _multiply(problem.z.T, derivative) - problem.linear[:, None] + state.penalty * state.weight
-    y = gradient - state.gradient
-    state.gradient = gradient
-    product = dot(s, y)
-    valid = product > 0
-    state.pairs.append((s, y, torch.where(valid, 1 / product, 0.0)))
-    del state.pairs[:-MEMORY]
-    if renew_curvature:
-        state.curvature = problem.loss.curvature(derivative)
-    state.scale = torch.where(valid, product / dot(y, inverse_hessian() * y), state.scale)
-
-
-def _search_line(
-    problem: _Problem, state: _State, direction: Tensor, dot: Callable[[Tensor, Tensor], Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Steps that decrease f enough, the first of 1, and the loss's derivative there; moves logits and value.
-
-    The logits along the direction are a sum, so that a step, however often it is shortened, costs no product
-    with z.
-    """
-    along = _multiply(problem.z, direction)
-    slope = dot(state.gradient, direction)
-    linear = dot(state.penalty * state.weight - problem.linear[:, None], direction)
-    quadratic = dot(state.penalty * direction, direction) / 2
-    step = torch.ones_like(slope)
-    for _ in range(_MAX_STEPS_OF_LINE_SEARCH):
-        logits = state.logits + step * along
-        value, derivative = problem.loss(logits)
-        change = value - state.value + step * (linear + step * quadratic)
-        # Near the minimum a decrease drowns in the rounding of the value itself.
-        enough = change <= _SUFFICIENT_DECREASE * step * slope + _ROUNDING * (1 + state.value.abs())
-        if enough.all():
-            break
-        parabola = -slope * step.square() / (2 * (change - slope * step))
-        shorter = torch.maximum(0.1 * step, torch.minimum(0.5 * step, parabola))
-        used, step = step, torch.where(enough, step, shorter)
-    else:
-        step = used
-    state.logits, state.value = logits, value
-    return step, derivative
-
-
-def _multiply(a: Tensor, b: Tensor) -> Tensor:
-    """a [I, J] times b [J, G, C]: one product for all penalties."""
-    return (a @ b.flatten(1)).unflatten(1, b.shape[1:])
-
-
-def _multiply_by_inverse_hessian(
-    gradient: Tensor,
-    history: list[tuple[Tensor, Tensor, Tensor]],
-    initial: Tensor,
-    dot: Callable[[Tensor, Tensor], Tensor],
-) -> Tensor:
-    """The two loops of L-BFGS over the pairs (s, y, 1/sᵀy), oldest first."""
-    result = gradient
-    coefficients = []
-    for s, y, inverse_product in reversed(history):
-        coefficient = inverse_product * dot(s, result)
-        coefficients.append(coefficient)
-        result = result - coefficient * y
-    result = initial * result
-    for (s, y, inverse_product), coefficient in zip(history, reversed(coefficients), strict=True):
-        result = result + (coefficient - inverse_product * dot(y, result)) * s
-    return result
-
-
-def _split_by_rarest_label(labels: Tensor, heldout_fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows to fit and rows to hold out; an image counts for the rarest of its labels."""
-    num_images = labels.sum(dim=0)
-    rarity = torch.where(labels.bool(), num_images, len(labels) + 1)
-    group = rarity.argmin(dim=1).masked_fill(~labels.bool().any(dim=1), labels.shape[1]).cpu()
-    generator = torch.Generator().manual_seed(seed)
-    held_out = torch.zeros(len(labels), dtype=torch.bool)
-    for each in group.unique().tolist():
-        rows = (group == each).nonzero().flatten()
-        num_held_out = max(1, round(heldout_fraction * len(rows))) if len(rows) > 1 else 0
-        held_out[rows[torch.randperm(len(rows), generator=generator)[: min(num_held_out, len(rows) - 1)]]] = (
-            True
-        )
-    if not held_out.any():
-        raise ValueError(
-            "choosing a penalty on held-out images needs a label of 2 images, or a validation split"
-        )
-    return (~held_out).nonzero().flatten(), held_out.nonzero().flatten()
+    def predict(
+        self, features: Tensor, weights: Sequence[Tensor], decide: Callable[[Tensor], Tensor] = torch.clone
+    ) -> Iterator[list[Tensor]]:
+        """What is kept of the logits [n, C] of slices of the images, for each of the weights [R + 1, C]."""
+        for part in _slices(features, max(features.shape[1], self.loss.num_classes)):
+            z = self.space.transform(part)
+            yield [decide(self.loss.spread(z @ weight)) for weight in weights]
 
 
 def _read_labels(
@@ -696,13 +595,9 @@ def _read_labels(
     return _Examples(features.to(device), labels.to(device).bool(), counted)
 
 
-def _check_settings(
-    penalties: Sequence[float], heldout_fraction: float, tolerance: float, max_iterations: int
-) -> None:
+def _check_settings(penalties: Sequence[float], tolerance: float, max_iterations: int) -> None:
     if len(penalties) == 0 or not all(0 < penalty < math.inf for penalty in penalties):
         raise ValueError(f"penalties must all be > 0 and finite, got {list(penalties)}")
-    if not 0 < heldout_fraction < 1:
-        raise ValueError(f"heldout_fraction must be in (0, 1), got {heldout_fraction}")
     if not tolerance > 0:
         raise ValueError(f"tolerance must be > 0, got {tolerance}")
     if max_iterations < 1:
@@ -710,24 +605,7 @@ def _check_settings(
 
 
 def _check_features(train: Tensor, test: Tensor, validation: tuple[Tensor, Tensor] | None) -> None:
-    if train.ndim != 2 or len(train) < 2:
-        raise ValueError(f"train_features must be [N, D] with N >= 2, got {list(train.shape)}")
-    named = {"train_features": train, "test_features": test}
+    check_features("train_features", train, at_least=2)
+    check_features("test_features", test, width=train.shape[1])
     if validation is not None:
-        named["validation_features"] = validation[0]
-        if len(validation[0]) == 0:
-            raise ValueError("validation_features must be >= 1, got 0")
-    for name, features in named.items():
-        if features.ndim != 2 or features.shape[1] != train.shape[1]:
-            raise ValueError(f"{name} must be [*, {train.shape[1]}], got {list(features.shape)}")
-        if not features.isfinite().all():
-            row = int((~features.isfinite().all(dim=1)).nonzero()[0])
-            raise ValueError(f"{name} must be finite, got a row {row} that is not")
-
-
-def _check_classes(split: str, labels: Tensor, num_images: int, num_classes: int) -> None:
-    if labels.shape != (num_images,):
-        raise ValueError(f"{split}_labels must be [{num_images}], got {list(labels.shape)}")
-    lowest, highest = int(labels.min()), int(labels.max())
-    if lowest < 0 or highest >= num_classes:
-        raise ValueError(f"{split}_labels must be in [0, {num_classes}), got {lowest} to {highest}")
+        check_features("validation_features", validation[0], width=train.shape[1], at_least=1)

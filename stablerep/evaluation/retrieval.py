@@ -18,12 +18,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from stablerep.evaluation.inputs import normalize_embeddings
 from stablerep.evaluation.statistics import wilson_interval
 
-MAX_SIMILARITIES_IN_MEMORY = 2**25  # 128 MiB of float32 similarities at a time
+MAX_SIMILARITIES_IN_MEMORY = 2**24  # 64 MiB of float32 similarities at a time, a few times over
 
 
 class Recall(NamedTuple):
@@ -102,8 +102,8 @@ def retrieval_recall(
     _check_arguments(image_embeddings, text_embeddings, pairs, ks)
     both = (image_embeddings.dtype, text_embeddings.dtype)
     dtype = torch.float64 if both == (torch.float64, torch.float64) else torch.float32
-    images = _normalize(image_embeddings.to(dtype), "image embeddings")
-    texts = _normalize(text_embeddings.to(dtype), "text embeddings")
+    images = normalize_embeddings("image embeddings", image_embeddings.to(dtype))
+    texts = normalize_embeddings("text embeddings", text_embeddings.to(dtype))
     pairs = pairs.long().to(images.device)
     image_ranks = _rank_best_positives(images, texts, pairs)
     text_ranks = _rank_best_positives(texts, images, pairs.flip(1))
@@ -135,14 +135,6 @@ def _rank_best_positives(queries: Tensor, candidates: Tensor, pairs: Tensor) -> 
 def _recall(ranks: Tensor, k: int) -> Recall:
     hits = int((ranks <= k).sum())
     return Recall(k, hits / len(ranks), wilson_interval(hits, len(ranks)), len(ranks))
-
-
-def _normalize(embeddings: Tensor, name: str) -> Tensor:
-    norms = torch.linalg.vector_norm(embeddings, dim=1)
-    # NaN compares as false, so it would pass for a rank of 1.
-    if not bool((norms.isfinite() & (norms > 0)).all()):
-        raise ValueError(f"{name} must be finite and other than zero")
-    return F.normalize(embeddings, dim=1)
 
 
 def _check_arguments(images: Tensor, texts: Tensor, pairs: Tensor, ks: Sequence[int]) -> None:

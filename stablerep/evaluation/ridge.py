@@ -4,21 +4,30 @@ With X the standardised features and Y the centred one-hot labels of n images,
 
     W(λ) = (XᵀX / n + λ I)⁻¹ XᵀY / n,        prediction = argmax_c (x W)_c + mean of Y_c.
 
-One eigendecomposition XᵀX / n = Q diag(e) Qᵀ serves every λ. scikit-learn's `Ridge` has the same W at
+XᵀY are the sums of X over the images of each class, less n times the mean of Y: X is centred, so no Y is ever
+made. One eigendecomposition XᵀX / n = Q diag(e) Qᵀ serves every λ. scikit-learn's `Ridge` has the same W at
 alpha = n λ. λ is chosen on a validation split, or without one on a held-out fifth of the training images,
 never on the test images; then W is fitted to all labelled images.
+
+Memory, beside the features as they are given and a copy of them in their own type: a few arrays [D, D] and
+[D, C] of float64 and slices of 64 MiB; the scores [M, C] of the test features.
 """
 
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
+
+from stablerep.evaluation.holdout import SplitBy, hold_out
+from stablerep.evaluation.inputs import check_features, check_labels
 
 PENALTIES = tuple(float(value) for value in np.logspace(-5, 2, 15))
+HELDOUT_FRACTION = 0.2
+MAX_VALUES_PER_SLICE = 2**23  # 64 MiB of float64
 _EPSILON = 1e-6
-_HELD_OUT = 5
+_LEAST_IMAGES = 5
 
 
 class RidgeResult(NamedTuple):
@@ -30,6 +39,7 @@ class RidgeResult(NamedTuple):
         scores: Outputs of the regression for the test features, float64.
         validation_accuracies: Accuracy of each of `PENALTIES` on the images that the choice was made on.
         selection: Which images those were.
+        split_by: What stayed whole when they were held out of train; None with a validation split.
 
     Shapes:
         predictions [M] int64, scores [M, C].
@@ -40,6 +50,7 @@ class RidgeResult(NamedTuple):
     scores: Tensor
     validation_accuracies: tuple[float, ...]
     selection: Literal["validation", "held-out part of train"]
+    split_by: SplitBy | None
 
 
 def ridge_classify(
@@ -49,6 +60,7 @@ def ridge_classify(
     *,
     num_classes: int,
     validation: tuple[Tensor, Tensor] | None = None,
+    groups: Tensor | None = None,
     seed: int = 0,
 ) -> RidgeResult:
     """argmax of the ridge regression above, in float64; of λ with the same accuracy the largest is chosen.
@@ -60,67 +72,79 @@ def ridge_classify(
         num_classes: Number of classes, at least 1.
         validation: Features and class indices on which λ is chosen; W is then fitted to these and the
             training features together. If not given, λ is chosen on a fifth of the training features.
+        groups: Numbers of the training images' captions: those of one are held out together. None holds out
+            image by image.
         seed: Seed of which images are held out, >= 0.
 
     Shapes:
-        train_features [N, D], train_labels [N], test_features [M, D], validation [V, D] and [V].
+        train_features [N, D], train_labels, groups [N], test_features [M, D], validation [V, D] and [V].
 
     Raises:
         ValueError: If there are fewer than five labelled features, the validation split is empty, a label is
-            out of bounds, or the shapes do not match.
+            out of bounds, a feature is not finite, the shapes do not match, or nothing can be held out and
+            there is no validation split.
     """
-    _check_labelled("train", train_features, train_labels, num_classes, at_least=_HELD_OUT)
-    if test_features.ndim != 2 or test_features.shape[1] != train_features.shape[1]:
-        raise ValueError(
-            f"test_features must be [M, {train_features.shape[1]}], got {list(test_features.shape)}"
-        )
+    width = train_features.shape[-1]
+    check_features("train_features", train_features, at_least=_LEAST_IMAGES)
+    check_labels("train_labels", train_labels, len(train_features), num_classes)
+    check_features("test_features", test_features, width=width)
     device = train_features.device
-    features, labels = train_features, train_labels
+    features, labels = train_features, train_labels.long()
     if validation is None:
-        order = torch.from_numpy(np.random.default_rng(seed).permutation(len(labels))).to(device)
-        chosen_on, fitted = order[: len(labels) // _HELD_OUT], order[len(labels) // _HELD_OUT :]
+        fitted, held_out, split_by = hold_out(labels, groups, fraction=HELDOUT_FRACTION, seed=seed)
+        fitted, held_out = fitted.to(device), held_out.to(device)
+        regression = _Regression(features[fitted], labels[fitted], num_classes)
+        chosen_on = features[held_out], labels[held_out]
     else:
-        _check_labelled("validation", *validation, num_classes, at_least=1)
-        if validation[0].shape[1] != features.shape[1]:
-            raise ValueError(
-                f"validation_features must be [V, {features.shape[1]}], got {list(validation[0].shape)}"
-            )
-        features = torch.cat([features, validation[0].to(device)])
-        labels = torch.cat([labels, validation[1].to(device)])
-        rows = torch.arange(len(labels), device=device)
-        chosen_on, fitted = rows[len(train_labels) :], rows[: len(train_labels)]
-    x, y = features.double(), one_hot(labels.long(), num_classes).double()
-    scores = _fit_and_score(x[fitted], y[fitted], x[chosen_on], PENALTIES)
-    hits = (scores.argmax(dim=2) == labels[chosen_on]).sum(dim=1).tolist()
-    penalty = max(zip(hits, PENALTIES, strict=True))[1]  # of equals the largest
-    scores = _fit_and_score(x, y, test_features.to(device).double(), (penalty,))[0]
+        split_by = None
+        check_features("validation_features", validation[0], width=width, at_least=1)
+        check_labels("validation_labels", validation[1], len(validation[0]), num_classes)
+        chosen_on = validation[0].to(device), validation[1].to(device).long()
+        regression = _Regression(features, labels, num_classes)
+        features, labels = torch.cat([features, chosen_on[0]]), torch.cat([labels, chosen_on[1]])
+    accuracies = [
+        float((regression.predict(chosen_on[0], p) == chosen_on[1]).double().mean()) for p in PENALTIES
+    ]
+    penalty = max(zip(accuracies, PENALTIES, strict=True))[1]  # of equals the largest
+    regression = _Regression(features, labels, num_classes)
+    scores = torch.cat(list(regression.score(test_features.to(device), penalty)))
     return RidgeResult(
         predictions=scores.argmax(dim=1),
         penalty=penalty,
         scores=scores,
-        validation_accuracies=tuple(num_correct / len(chosen_on) for num_correct in hits),
+        validation_accuracies=tuple(accuracies),
         selection="held-out part of train" if validation is None else "validation",
+        split_by=split_by,
     )
 
 
-def _fit_and_score(x: Tensor, y: Tensor, test: Tensor, penalties: tuple[float, ...]) -> Tensor:
-    """Scores of each test feature under each λ, [λ, M, C]."""
-    mean, std = x.mean(dim=0), x.std(dim=0, correction=0) + _EPSILON
-    x, test = (x - mean) / std, (test - mean) / std
-    offset = y.mean(dim=0)
-    e, q = torch.linalg.eigh(x.T @ x / len(x))
-    projected, target = test @ q, q.T @ (x.T @ (y - offset)) / len(x)  # [M, D], [D, C]
-    return torch.stack([projected @ (target / (e.clamp(min=0) + p)[:, None]) for p in penalties]) + offset
+class _Regression:
+    """The regression of some images for every λ."""
 
+    def __init__(self, features: Tensor, labels: Tensor, num_classes: int) -> None:
+        num_images, width = features.shape
+        self.num_rows = max(1, MAX_VALUES_PER_SLICE // max(width, num_classes))
+        slices = features.split(self.num_rows)
+        self.mean = torch.stack([x.double().sum(dim=0) for x in slices]).sum(dim=0) / num_images
+        squares = torch.stack([(x.double() - self.mean).square_().sum(dim=0) for x in slices]).sum(dim=0)
+        self.std = (squares / num_images).sqrt() + _EPSILON
+        products, sums = self.mean.new_zeros(width, width), self.mean.new_zeros(num_classes, width)
+        for own, x in zip(labels.split(self.num_rows), self._standardise(features), strict=True):
+            products.addmm_(x.T, x)
+            sums.index_add_(0, own, x)
+        self.offset = labels.bincount(minlength=num_classes).double() / num_images
+        self.eigenvalues, self.basis = torch.linalg.eigh(products / num_images)
+        self.eigenvalues.clamp_(min=0)
+        self.target = self.basis.T @ sums.T / num_images  # [D, C]
 
-def _check_labelled(split: str, features: Tensor, labels: Tensor, num_classes: int, at_least: int) -> None:
-    if features.ndim != 2 or labels.shape != features.shape[:1]:
-        raise ValueError(
-            f"{split}_features must be [N, D] and {split}_labels [N], got {list(features.shape)} and "
-            f"{list(labels.shape)}"
-        )
-    if len(features) < at_least:
-        raise ValueError(f"{split}_features must be >= {at_least}, got {len(features)}")
-    lowest, highest = int(labels.min()), int(labels.max())
-    if lowest < 0 or highest >= num_classes:
-        raise ValueError(f"{split}_labels must be in [0, {num_classes}), got {lowest} to {highest}")
+    def _standardise(self, features: Tensor) -> Iterator[Tensor]:
+        return ((x.double() - self.mean).div_(self.std) for x in features.split(self.num_rows))
+
+    def score(self, features: Tensor, penalty: float) -> Iterator[Tensor]:
+        """Outputs [m, C] of slices of the features [M, D]."""
+        weight = self.basis @ (self.target / (self.eigenvalues + penalty)[:, None])
+        return (x @ weight + self.offset for x in self._standardise(features))
+
+    def predict(self, features: Tensor, penalty: float) -> Tensor:
+        """Predicted classes [M]."""
+        return torch.cat([scores.argmax(dim=1) for scores in self.score(features, penalty)])

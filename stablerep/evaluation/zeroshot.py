@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from stablerep.evaluation.inputs import check_labels, normalize_embeddings
 from stablerep.evaluation.prompts import class_name_to_words, fill_templates, read_imagenet_class_names
 from stablerep.evaluation.statistics import wilson_interval
 
-MAX_SCORES_IN_MEMORY = 2**25  # 128 MiB of float32 scores at a time
+MAX_SCORES_IN_MEMORY = 2**24  # 64 MiB of float32 scores at a time, a few times over
 
 
 class ZeroShotResult(NamedTuple):
@@ -73,9 +73,9 @@ def embed_classes(
         encoded = encode_texts(texts)
         if encoded.ndim != 2 or len(encoded) != len(texts):
             raise ValueError(f"text embeddings must be [{len(texts)}, E], got {list(encoded.shape)}")
-        embeddings.append(_normalize(encoded, "text embeddings"))
+        embeddings.append(normalize_embeddings("text embeddings", encoded))
     means = torch.cat(embeddings).unflatten(0, (len(class_names), len(templates))).mean(dim=1)
-    return _normalize(means, "mean text embeddings")
+    return normalize_embeddings("mean text embeddings", means)
 
 
 def check_class_names(class_names: Sequence[str]) -> None:
@@ -113,11 +113,12 @@ def zero_shot_classify(image_embeddings: Tensor, class_embeddings: Tensor, label
             embedding is zero or not finite.
     """
     _check_shapes(image_embeddings, class_embeddings, labels)
-    classes = _normalize(class_embeddings, "class embeddings")
+    classes = normalize_embeddings("class embeddings", class_embeddings)
     ranks, predictions = [], []
     size = max(1, MAX_SCORES_IN_MEMORY // len(classes))
     for images, own in zip(image_embeddings.split(size), labels.long().split(size), strict=True):
-        scores = _normalize(images, "image embeddings") @ classes.to(_working_dtype(images)).T  # [N', C]
+        unit = normalize_embeddings("image embeddings", images)
+        scores = unit @ classes.to(unit).T  # [N', C]
         own_scores = scores.gather(1, own[:, None])
         before = torch.arange(len(classes), device=scores.device) < own[:, None]
         ranks.append(((scores > own_scores) | ((scores == own_scores) & before)).sum(dim=1))
@@ -136,28 +137,12 @@ def zero_shot_classify(image_embeddings: Tensor, class_embeddings: Tensor, label
     )
 
 
-def _working_dtype(embeddings: Tensor) -> torch.dtype:
-    return torch.float64 if embeddings.dtype == torch.float64 else torch.float32
-
-
-def _normalize(embeddings: Tensor, name: str) -> Tensor:
-    x = embeddings.to(_working_dtype(embeddings))
-    norms = torch.linalg.vector_norm(x, dim=1)
-    # A zero or NaN embedding would be classified all the same, by the order of the classes.
-    if not bool((norms.isfinite() & (norms > 0)).all()):
-        raise ValueError(f"{name} must be finite and other than zero")
-    return F.normalize(x, dim=1)
-
-
 def _check_shapes(images: Tensor, classes: Tensor, labels: Tensor) -> None:
     if images.ndim != 2 or classes.ndim != 2 or images.shape[1] != classes.shape[1]:
         raise ValueError(
             "image_embeddings and class_embeddings must be [N, E] and [C, E], got "
             f"{list(images.shape)} and {list(classes.shape)}"
         )
-    if len(images) == 0 or labels.shape != images.shape[:1]:
-        raise ValueError(f"labels must be [N] with N = {len(images)} >= 1, got {list(labels.shape)}")
-    if int(labels.min()) < 0 or int(labels.max()) >= len(classes):
-        raise ValueError(
-            f"labels must be in [0, {len(classes)}), got {int(labels.min())} to {int(labels.max())}"
-        )
+    if len(images) == 0:
+        raise ValueError("image_embeddings must be >= 1, got 0")
+    check_labels("labels", labels, len(images), len(classes))

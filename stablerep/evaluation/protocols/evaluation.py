@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from stablerep.evaluation.cache.store import FeatureCache
@@ -47,12 +48,34 @@ class Evaluation:
         """Of the test images."""
         return self.features["test"].labels
 
-    def take(self, split: str, feature: str) -> Tensor:
-        """A feature of a split, float32, on the device."""
-        return self.features[split].values[feature].float().to(self.settings.device)
+    @property
+    def float64_device(self) -> torch.device:
+        """Where protocols in float64 compute: the device, or the CPU where the device cannot."""
+        device = self.settings.device
+        return device if has_float64(device) else torch.device("cpu")
+
+    @property
+    def train_groups(self) -> Tensor | None:
+        """Numbers of the training images' captions; None where they have none."""
+        train = self.features["train"]
+        return train.caption_labels if all(train.caption_ids) else None
+
+    def take(self, split: str, feature: str, device: torch.device | None = None) -> Tensor:
+        """A feature of a split, float32, on the device unless another is given."""
+        return self.features[split].values[feature].float().to(device or self.settings.device)
 
     def take_validation(self, feature: str) -> tuple[Tensor, Tensor] | None:
-        """That of the validation split with its labels, if there is one."""
+        """That of the validation split with its labels, if there is one, where float64 is computed."""
         if "validation" not in self.features:
             return None
-        return self.take("validation", feature), self.features["validation"].labels.to(self.settings.device)
+        device = self.float64_device
+        return self.take("validation", feature, device), self.features["validation"].labels.to(device)
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether it computes in float64: MPS and some others do not."""
+    try:
+        torch.ones(1, dtype=torch.float64, device=device).add_(1)
+    except (TypeError, RuntimeError):
+        return False
+    return True

@@ -19,7 +19,7 @@ def run_geometry(evaluation: Evaluation) -> list[Row]:
     num_images, seed = evaluation.config.geometry.num_images, evaluation.config.seed
     for feature in evaluation.feature_names:
         start = time.perf_counter()
-        x = evaluation.take("test", feature)
+        x = evaluation.take("test", feature, evaluation.float64_device)
         found = _compare_captions(evaluation, x)
         if len(x) > 1:
             uniform = uniformity(x, t=_T, num_samples=num_images, seed=seed)

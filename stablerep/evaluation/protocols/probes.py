@@ -4,6 +4,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
+
 from stablerep.evaluation.fewshot import FewShotConfig, few_shot_classify
 from stablerep.evaluation.knn import knn_classify_by_k
 from stablerep.evaluation.logreg import (
@@ -13,7 +15,7 @@ from stablerep.evaluation.logreg import (
 )
 from stablerep.evaluation.metrics import mean_average_precision, mean_per_class_accuracy
 from stablerep.evaluation.protocols.evaluation import Evaluation
-from stablerep.evaluation.protocols.rows import BOOTSTRAP, accuracy_row
+from stablerep.evaluation.protocols.rows import BOOTSTRAP, accuracy_row, describe_split
 from stablerep.evaluation.resampling import average_precision_interval, mean_per_class_interval
 from stablerep.evaluation.results import Row
 from stablerep.evaluation.ridge import ridge_classify
@@ -26,32 +28,40 @@ def run_logreg(evaluation: Evaluation) -> list[Row]:
 
 def _score_logreg(evaluation: Evaluation, feature: str) -> Iterator[Row]:
     start = time.perf_counter()
-    config, device = evaluation.config, evaluation.settings.device
+    config, device, features = evaluation.config, evaluation.float64_device, evaluation.features
     sides = (
-        evaluation.take("train", feature),
-        evaluation.features["train"].labels.to(device),
-        evaluation.take("test", feature),
+        evaluation.take("train", feature, device),
+        features["train"].labels.to(device),
+        evaluation.take("test", feature, device),
     )
     shared: dict[str, Any] = {
         "validation": evaluation.take_validation(feature),
+        "groups": evaluation.train_groups,
         "heldout_fraction": config.logreg.heldout_fraction,
         "seed": config.seed,
     }
     if evaluation.dataset.targets == "multilabel":
-        result = multilabel_logistic_regression(*sides, **shared)
+        result = multilabel_logistic_regression(
+            *sides,
+            train_ignored=features["train"].ignored,
+            validation_ignored=features["validation"].ignored if "validation" in features else None,
+            **shared,
+        )
+        logits, labels, ignored = result.logits.cpu(), evaluation.labels, features["test"].ignored
+        targets = (labels if ignored is None else labels.to(torch.int8).masked_fill(ignored, -1)).numpy()
         yield Row(
             protocol="logreg",
             metric="map11",
-            value=mean_average_precision(result.logits.cpu(), evaluation.labels),
-            interval=average_precision_interval(result.logits.cpu().numpy(), evaluation.labels.numpy()),
+            value=mean_average_precision(logits, labels, ignored),
+            interval=average_precision_interval(logits.numpy(), targets),
             interval_method=BOOTSTRAP,
-            n=len(evaluation.labels),
+            n=len(labels),
             selection=result.selection,
             hyperparameters=_describe_logreg(result),
             feature=feature,
             seconds=time.perf_counter() - start,
-            predictions=result.logits.cpu().numpy(),
-            targets=evaluation.labels.numpy(),
+            predictions=logits.numpy(),
+            targets=targets,
         )
         return
     result = logistic_regression(
@@ -91,6 +101,7 @@ def _describe_logreg(result: LogisticRegressionResult) -> dict[str, Any]:
         "num_penalties": len(result.penalties),
         "converged": sum(result.converged),
         "refit_converged": result.refit_converged,
+        **describe_split(result.split_by),
         **({"warnings": list(result.warnings)} if result.warnings else {}),
     }
 
@@ -142,12 +153,14 @@ def run_ridge(evaluation: Evaluation) -> list[Row]:
     rows = []
     for feature in evaluation.feature_names:
         start = time.perf_counter()
+        device = evaluation.float64_device
         result = ridge_classify(
-            evaluation.take("train", feature),
-            evaluation.features["train"].labels.to(evaluation.settings.device),
-            evaluation.take("test", feature),
+            evaluation.take("train", feature, device),
+            evaluation.features["train"].labels.to(device),
+            evaluation.take("test", feature, device),
             num_classes=evaluation.num_classes,
             validation=evaluation.take_validation(feature),
+            groups=evaluation.train_groups,
             seed=evaluation.config.seed,
         )
         rows.append(
@@ -158,7 +171,7 @@ def run_ridge(evaluation: Evaluation) -> list[Row]:
                 evaluation.labels,
                 time.perf_counter() - start,
                 selection=result.selection,
-                hyperparameters={"penalty": result.penalty},
+                hyperparameters={"penalty": result.penalty, **describe_split(result.split_by)},
             )
         )
     return rows

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from stablerep.evaluation.config import PROTOCOLS
+from stablerep.evaluation.holdout import SplitBy
 from stablerep.evaluation.results import Row
 from stablerep.evaluation.statistics import wilson_interval
 
@@ -46,3 +47,8 @@ def sort_rows(rows: Iterable[Row]) -> list[Row]:
     return sorted(
         rows, key=lambda row: next(i for i, name in enumerate(PROTOCOLS) if row.protocol.startswith(name))
     )
+
+
+def describe_split(split_by: SplitBy | None) -> dict[str, str]:
+    """For the hyper-parameters of a row: what stayed whole where images were held out of train."""
+    return {} if split_by is None else {"held_out_by": split_by}

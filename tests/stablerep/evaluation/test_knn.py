@@ -1,9 +1,5 @@
 """The k-NN search and vote against scikit-learn, their ties, their memory and their bounds."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -11,6 +7,7 @@ from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
 from stablerep.evaluation import knn
 from stablerep.evaluation.knn import find_neighbours, knn_classify, knn_classify_by_k
+from tests.stablerep.evaluation.memory import measure_peak_bytes, needs_proc
 
 
 def draw(num_train: int, num_test: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -109,35 +106,15 @@ def test_no_test_feature_gives_no_prediction() -> None:
     assert find_neighbours(train, test[:0], 3).indices.shape == (0, 3)
 
 
-MEASURE_MEMORY = """
-from pathlib import Path
-import torch
-from stablerep.evaluation.knn import knn_classify_by_k
-
-def read_status(name):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name + ":")) * 1024
-
-generator = torch.Generator().manual_seed(0)
-train, test = torch.randn(20_000, 8, generator=generator), torch.randn(4_000, 8, generator=generator)
-labels = torch.arange(20_000) % 10
-knn_classify_by_k(train, labels, test[:10], num_classes=10)
-before = read_status("VmRSS")
-Path("/proc/self/clear_refs").write_text("5")
-knn_classify_by_k(train, labels, test, num_classes=10)
-print(read_status("VmHWM") - before)
-"""
-
-
-@pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is read from /proc"
-)
+@needs_proc
 def test_memory_is_that_of_slices_and_not_of_all_similarities() -> None:
-    measured = subprocess.run(
-        [sys.executable, "-c", MEASURE_MEMORY], capture_output=True, text=True, check=True, timeout=120
-    )
-    all_similarities_bytes = 20_000 * 4_000 * 4  # 320 MB
-    assert int(measured.stdout) < all_similarities_bytes / 2
+    setup = """
+from stablerep.evaluation.knn import knn_classify_by_k
+train, test, labels = torch.randn(20_000, 8), torch.randn(4_000, 8), torch.arange(20_000) % 10
+knn_classify_by_k(train, labels, test[:10], num_classes=10)
+"""
+    peak = measure_peak_bytes(setup, "knn_classify_by_k(train, labels, test, num_classes=10)")
+    assert peak < 20_000 * 4_000 * 4 / 2
 
 
 def test_more_neighbours_than_training_features_are_refused() -> None:
@@ -160,7 +137,7 @@ def test_arguments_out_of_bounds_are_refused() -> None:
         knn_classify(train, labels, test, num_classes=3)
     with pytest.raises(ValueError, match=r"train_labels must be \[30\], got \[29\]"):
         knn_classify(train, labels[1:], test, num_classes=7)
-    with pytest.raises(ValueError, match=r"\[N, D\] and \[M, D\], got \[30, 12\] and \[5, 11\]"):
+    with pytest.raises(ValueError, match=r"test_features must be \[N, 12\], got \[5, 11\]"):
         knn_classify(train, labels, test[:, 1:], num_classes=7)
     test[3, 2] = float("nan")
     with pytest.raises(ValueError, match="test_features must be finite, got a row 3 that is not"):

@@ -15,7 +15,6 @@ from stablerep.evaluation.linear import (
     choose_head,
     cosine_factor,
     linear_probe,
-    split_by_class,
 )
 
 NUM_CLASSES, NUM_FEATURES = 4, 10
@@ -163,16 +162,33 @@ def test_separable_classes_are_learnt() -> None:
         assert torch.equal(result.predictions, test.labels)
 
 
-def test_heldout_part_is_disjoint_complete_and_stratified() -> None:
-    labels = torch.tensor([0] * 40 + [1] * 20 + [2] * 2)
-    fitted, heldout = split_by_class(labels, 0.1, seed=0)
-    assert sorted(torch.cat([fitted, heldout]).tolist()) == list(range(62))
-    assert labels[heldout].bincount().tolist() == [4, 2, 1]
+def test_heldout_choice_is_made_on_whole_captions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each image is there twice; the run that the choice is made from sees no copy of a held-out one."""
+    half = draw(60, 0)
+    captions = torch.arange(60).repeat(2)
+    features, labels = half.features.repeat(2, 1), half.labels.repeat(2)
+    trained: list[set[int]] = []
+    original = LinearHeads.step
 
+    def spy(heads: LinearHeads, x: Tensor, y: Tensor, rates: Tensor) -> None:
+        rows = (x[:, None] == half.features).all(dim=2).nonzero()[:, 1]
+        trained.append(set(rows.tolist()))
+        original(heads, x, y, rates)
 
-def test_a_class_of_one_image_cannot_be_held_out() -> None:
-    with pytest.raises(ValueError, match="class 1 has 1 training image"):
-        split_by_class(torch.tensor([0, 0, 1]), 0.1, seed=0)
+    monkeypatch.setattr(LinearHeads, "step", spy)
+    config = LinearConfig(num_epochs=1, num_images_per_batch=120, heldout_fraction=0.2)
+    results = linear_probe(
+        lambda epoch: features,
+        labels,
+        draw(20, 1),
+        config,
+        num_classes=NUM_CLASSES,
+        heldout_features=features,
+        groups=captions,
+    )
+    # One batch an epoch; per probe the run on all of train, then the run that leaves the held-out part out.
+    assert [len(captions) for captions in trained] == [60, 48, 60, 48]
+    assert [result.split_by for result in results] == [None, "caption", None, "caption"]
 
 
 def test_of_equal_heads_the_latest_epoch_and_the_first_head_are_chosen() -> None:

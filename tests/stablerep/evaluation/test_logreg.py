@@ -12,8 +12,14 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from stablerep.evaluation import logreg
-from stablerep.evaluation.logreg import PENALTIES, logistic_regression, multilabel_logistic_regression
+from stablerep.evaluation.logreg import (
+    PENALTIES,
+    LogisticRegressionResult,
+    logistic_regression,
+    multilabel_logistic_regression,
+)
 from stablerep.evaluation.metrics import mean_average_precision, mean_per_class_accuracy
+from tests.stablerep.evaluation.memory import measure_peak_bytes, needs_proc
 
 GRID = tuple(float(value) for value in np.logspace(-4, 2, 7))
 NUM_CLASSES = 4
@@ -171,6 +177,53 @@ def test_held_out_part_is_chosen_by_seed_and_the_refit_is_on_all_of_train() -> N
         assert result.selection == "held-out part of train"
         oracle = fit_with_scikit_learn(train, labels, test, 1 / (200 * result.penalty))
         np.testing.assert_allclose(result.logits.softmax(1), softmax(oracle, axis=1), atol=2e-4)
+
+
+def test_choice_is_not_made_on_copies_of_what_was_fitted() -> None:
+    generator = torch.Generator().manual_seed(0)
+    captions = torch.arange(400).repeat(2)
+    features = torch.randn(400, 600, generator=generator)[captions]
+    labels = torch.randint(2, (400,), generator=generator)[captions]  # says nothing of other captions
+    by_image, by_caption = (
+        logistic_regression(features, labels, features, num_classes=2, penalties=GRID, groups=groups)
+        for groups in (None, captions)
+    )
+    assert max(by_image.validation_scores) > 0.75
+    assert max(by_caption.validation_scores) < 0.65
+    assert (by_image.split_by, by_caption.split_by) == ("image", "caption")
+
+
+@pytest.mark.parametrize("num_values", [100, 900, 10**9])
+def test_slices_do_not_change_the_result(num_values: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    train, labels = draw_classes(203, 0)
+    shown, drawn, ignored = draw_labels(103, 0)
+
+    def fit() -> list[LogisticRegressionResult]:
+        settings: Any = {"penalties": [0.1, 1.0], "tolerance": EXACT}
+        return [
+            logistic_regression(train, labels, train[:77], num_classes=NUM_CLASSES, **settings),
+            multilabel_logistic_regression(shown, drawn, shown[:77], train_ignored=ignored, **settings),
+        ]
+
+    whole = fit()
+    monkeypatch.setattr(logreg, "MAX_VALUES_PER_SLICE", num_values)
+    for sliced, expected in zip(fit(), whole, strict=True):
+        assert sliced.validation_scores == expected.validation_scores
+        torch.testing.assert_close(sliced.logits, expected.logits, atol=1e-6, rtol=1e-6)
+
+
+@needs_proc
+def test_memory_is_that_of_slices_and_not_of_all_logits() -> None:
+    setup = """
+from stablerep.evaluation import logreg
+logreg.MAX_VALUES_PER_SLICE = 2**19
+features, labels = torch.randn(60_000, 8), torch.arange(60_000) % 200
+def fit(num_images):
+    x, y = features[:num_images], labels[:num_images]
+    logreg.logistic_regression(x, y, x[:10], num_classes=200, penalties=[1.0], max_iterations=1)
+fit(4000)
+"""
+    assert measure_peak_bytes(setup, "fit(60_000)") < 60_000 * 200 * 8 / 2
 
 
 def test_test_features_do_not_change_the_choice() -> None:
@@ -343,17 +396,7 @@ def test_several_labels_are_scikit_learns_one_against_the_rest() -> None:
     np.testing.assert_array_equal(result.predictions, logits > 0)
 
 
-def test_several_labels_without_validation_hold_out_the_same_share_of_each_rarest_label() -> None:
-    labels = torch.zeros(105, 3, dtype=torch.bool)
-    labels[:, 0] = True
-    labels[:20, 1] = True
-    labels[:11, 2] = True
-    labels[100:] = False
-    rows, held_out = logreg._split_by_rarest_label(labels, 0.2, seed=0)
-    assert sorted(torch.cat([rows, held_out]).tolist()) == list(range(105))
-    # Of images 0 to 10 the rarest label is the third, to 19 the second, to 99 the first, to 104 none.
-    groups = torch.bucketize(held_out, torch.tensor([11, 20, 100]), right=True)
-    assert torch.bincount(groups).tolist() == [2, 2, 16, 1]
+def test_several_labels_without_validation_are_chosen_on_a_seeded_part() -> None:
     features, drawn, ignored = draw_labels(150, 0)
     results = [
         multilabel_logistic_regression(
@@ -362,7 +405,7 @@ def test_several_labels_without_validation_hold_out_the_same_share_of_each_rares
         for seed in (0, 0, 1)
     ]
     assert results[0].validation_scores == results[1].validation_scores != results[2].validation_scores
-    assert results[0].selection == "held-out part of train"
+    assert (results[0].selection, results[0].split_by) == ("held-out part of train", "image")
 
 
 def test_class_that_every_image_shows_does_no_harm() -> None:
@@ -405,9 +448,9 @@ def test_bad_input_is_refused() -> None:
         fit(train_labels=labels[1:])
     with pytest.raises(ValueError, match="train_labels must have at least 2 classes, got 1"):
         fit(train_labels=torch.zeros(40).long())
-    with pytest.raises(ValueError, match=r"test_features must be \[\*, 12\], got \[40, 11\]"):
+    with pytest.raises(ValueError, match=r"test_features must be \[N, 12\], got \[40, 11\]"):
         fit(test_features=train[:, 1:])
-    with pytest.raises(ValueError, match=r"train_features must be \[N, D\] with N >= 2, got \[1, 12\]"):
+    with pytest.raises(ValueError, match="train_features must be >= 2, got 1"):
         fit(train_features=train[:1])
     with pytest.raises(ValueError, match="validation_features must be >= 1, got 0"):
         fit(validation=(train[:0], labels[:0]))
@@ -421,8 +464,10 @@ def test_bad_input_is_refused() -> None:
         fit(tolerance=0)
     with pytest.raises(ValueError, match="max_iterations must be >= 1, got 0"):
         fit(max_iterations=0)
-    with pytest.raises(ValueError, match="class 3 has 1 training image"):
-        fit(train_labels=torch.tensor([3] + [0, 1, 2] * 13))
+    with pytest.raises(ValueError, match="held-out training images needs a class of at least 2 images"):
+        fit(train_features=train[:4], train_labels=torch.arange(4))
+    with pytest.raises(ValueError, match=r"groups must be \[40\], got \[39\]"):
+        fit(groups=torch.arange(39))
     broken = train.clone()
     broken[7, 2] = math.nan
     with pytest.raises(ValueError, match="train_features must be finite, got a row 7 that is not"):

@@ -8,6 +8,7 @@ from torchmetrics.functional.retrieval import retrieval_hit_rate
 from stablerep.evaluation import retrieval
 from stablerep.evaluation.retrieval import Recall, pair_captions, retrieval_recall
 from stablerep.evaluation.statistics import wilson_interval
+from tests.stablerep.evaluation.memory import measure_peak_bytes, needs_proc
 
 
 def draw(num_texts: int, noise: float = 1.5) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,6 +61,19 @@ def test_slices_do_not_change_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None
     sliced = retrieval_recall(images, texts, pairs)
     assert torch.equal(sliced.image_ranks, whole.image_ranks)
     assert torch.equal(sliced.text_ranks, whole.text_ranks)
+
+
+@needs_proc
+def test_memory_is_that_of_slices_and_not_of_all_similarities() -> None:
+    setup = """
+from stablerep.evaluation import retrieval
+retrieval.MAX_SIMILARITIES_IN_MEMORY = 2**21
+images, texts = torch.randn(20_000, 8), torch.randn(2_000, 8)
+pairs = torch.stack([torch.arange(20_000), torch.arange(20_000) % 2_000], dim=1)
+retrieval.retrieval_recall(images[:2_000], texts, pairs[:2_000])
+"""
+    peak = measure_peak_bytes(setup, "retrieval.retrieval_recall(images, texts, pairs)")
+    assert peak < 20_000 * 2_000 * 4 / 2
 
 
 def test_ties_count_against_the_model() -> None:

@@ -1,10 +1,15 @@
+"""Ridge regression against scikit-learn, its choice, its memory and its bounds."""
+
 import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
 
+from stablerep.evaluation import ridge
+from stablerep.evaluation.holdout import hold_out
 from stablerep.evaluation.ridge import PENALTIES, ridge_classify
+from tests.stablerep.evaluation.memory import measure_peak_bytes, needs_proc
 
 
 def draw_classes(num_images: int, seed: int, noise: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,11 +59,61 @@ def test_penalty_and_scores_on_a_validation_split_are_scikit_learns() -> None:
     np.testing.assert_allclose(result.scores, scores, atol=1e-4)
 
 
-def test_penalty_is_chosen_without_the_test_features() -> None:
+def test_penalty_without_a_validation_split_is_scikit_learns_on_the_held_out_fifth() -> None:
     train, labels = draw_classes(100, 0, noise=3.0)
-    results = [ridge_classify(train, labels, draw_classes(50, s)[0], num_classes=3) for s in range(4)]
-    assert len({result.penalty for result in results}) == 1
-    assert {result.selection for result in results} == {"held-out part of train"}
+    test = draw_classes(50, 1)[0]
+    result = ridge_classify(train, labels, test, num_classes=3, seed=3)
+    assert (result.selection, result.split_by) == ("held-out part of train", "image")
+    fitted, held_out, _ = hold_out(labels, None, fraction=0.2, seed=3)
+    on_split = ridge_classify(
+        train[fitted],
+        labels[fitted],
+        test,
+        num_classes=3,
+        validation=(train[held_out], labels[held_out]),
+    )
+    assert result.penalty == on_split.penalty
+    assert result.validation_accuracies == on_split.validation_accuracies
+    scores = fit_with_scikit_learn(train, labels, test, result.penalty)  # of all of train
+    np.testing.assert_allclose(result.scores, scores, atol=1e-4)
+
+
+def test_choice_is_not_made_on_copies_of_what_was_fitted() -> None:
+    generator = torch.Generator().manual_seed(0)
+    captions = torch.arange(400).repeat(2)
+    features = torch.randn(400, 600, generator=generator)[captions]
+    labels = torch.randint(2, (400,), generator=generator)[captions]  # says nothing of other captions
+    by_image, by_caption = (
+        ridge_classify(features, labels, features, num_classes=2, groups=groups)
+        for groups in (None, captions)
+    )
+    assert max(by_image.validation_accuracies) > 0.75
+    assert max(by_caption.validation_accuracies) < 0.65
+    assert by_caption.split_by == "caption"
+
+
+@pytest.mark.parametrize("num_values", [60, 200, 10**9])
+def test_slices_do_not_change_the_result(num_values: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    train, labels = draw_classes(103, 0, noise=3.0)
+    whole = ridge_classify(train, labels, train, num_classes=3)
+    monkeypatch.setattr(ridge, "MAX_VALUES_PER_SLICE", num_values)
+    sliced = ridge_classify(train, labels, train, num_classes=3)
+    torch.testing.assert_close(sliced.scores, whole.scores, atol=1e-10, rtol=0)
+    assert sliced.validation_accuracies == whole.validation_accuracies
+
+
+@needs_proc
+def test_memory_is_that_of_slices_and_not_of_one_hot_labels() -> None:
+    setup = """
+from stablerep.evaluation import ridge
+ridge.MAX_VALUES_PER_SLICE = 2**19
+features, labels = torch.randn(60_000, 8), torch.arange(60_000) % 200
+def fit(num_images):
+    x, y = features[:num_images], labels[:num_images]
+    ridge.ridge_classify(x, y, x[:10], num_classes=200)
+fit(4000)
+"""
+    assert measure_peak_bytes(setup, "fit(60_000)") < 60_000 * 200 * 8 / 2
 
 
 def test_penalty_is_large_where_features_say_nothing_and_there_are_few() -> None:
@@ -78,14 +133,14 @@ def test_constant_and_repeated_features_do_no_harm() -> None:
 def test_too_few_or_odd_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match="train_features must be >= 5, got 4"):
         ridge_classify(torch.zeros(4, 2), torch.zeros(4), torch.zeros(1, 2), num_classes=2)
-    with pytest.raises(ValueError, match=r"train_labels \[N\], got \[6, 2\] and \[5\]"):
+    with pytest.raises(ValueError, match=r"train_labels must be \[6\], got \[5\]"):
         ridge_classify(torch.zeros(6, 2), torch.zeros(5), torch.zeros(1, 2), num_classes=2)
     train, labels = draw_classes(20, 0)
-    with pytest.raises(ValueError, match=r"test_features must be \[M, 6\], got \[1, 2\]"):
+    with pytest.raises(ValueError, match=r"test_features must be \[N, 6\], got \[1, 2\]"):
         ridge_classify(train, labels, torch.zeros(1, 2), num_classes=3)
     with pytest.raises(ValueError, match=r"train_labels must be in \[0, 2\), got 0 to 2"):
         ridge_classify(train, labels, train, num_classes=2)
     with pytest.raises(ValueError, match="validation_features must be >= 1, got 0"):
         ridge_classify(train, labels, train, num_classes=3, validation=(train[:0], labels[:0]))
-    with pytest.raises(ValueError, match=r"validation_features must be \[V, 6\], got \[20, 5\]"):
+    with pytest.raises(ValueError, match=r"validation_features must be \[N, 6\], got \[20, 5\]"):
         ridge_classify(train, labels, train, num_classes=3, validation=(train[:, 1:], labels))
