@@ -24,8 +24,9 @@ eigenvectors in the span of the images are kept: the minimum lies there.
 Memory, beside the features as they are given: the turned ones in float64, 8 n (D + 1) bytes; a copy, in their
 own type, of those that are fitted, until they are turned; the arrays of L-BFGS, 32 of (D + 1) C float64 for
 each λ at once (as many λ as fit into 4 GiB, at most 9, at least 1); the weights of the 45 fits; slices of the
-images of 64 MiB, of which a few are alive. No array of n C values is held. With 1.28 million images, D = 1024
-and C = 1000 that is 10.5 + 5.2 (at other times than L-BFGS) + 2.4 + 0.4 GB.
+images of 64 MiB, of which a few are alive; with several labels an image, the held-out logits of each λ. No
+other array of images × classes is held. With 1.28 million images of one class each, D = 1024 and C = 1000
+that is 10.5 + 5.2 (at other times than L-BFGS) + 2.4 + 0.4 GB.
 
 Reference: Tian et al., SynCLR, arXiv 2312.17742, appendix (L-BFGS, 45 λ in logspace(−6, 5), refit on train
 and validation).
@@ -312,7 +313,7 @@ def _choose_and_refit(
         held_out = train.rows(split.held_out)
 
     def pose(values: Sequence[float], *, refit: bool) -> _Problem:
-        """The copy of the features that some of these are lives no longer than this call."""
+        """A function, so that a copy of the features lives no longer than its call."""
         if split is not None:
             examples = train if refit else train.rows(split.fitted)
         else:
