@@ -63,8 +63,10 @@ def _list_names(protocol: str, config: EvaluateConfig, dataset: LabelledSet) -> 
         if len(dataset.classes) > _MANY:
             yield "zeroshot", "top5_accuracy"
     elif protocol == "retrieval":
+        num_texts = len({caption for image in dataset.test for caption in image.captions})
+        ranks = [k for k in RETRIEVAL_RANKS if k <= min(num_texts, len(dataset.test))]
         for direction in ("image_to_text", "text_to_image"):
-            yield from ((f"retrieval_{direction}", f"recall@{k}") for k in RETRIEVAL_RANKS)
+            yield from ((f"retrieval_{direction}", f"recall@{k}") for k in ranks)
     elif protocol == "geometry":
         yield from (("geometry", metric) for metric in _list_geometry(dataset))
     elif protocol == "robustness":

@@ -26,7 +26,8 @@ from stablerep.evaluation import protocols
 from stablerep.evaluation.cache import store
 from stablerep.evaluation.config import PROTOCOLS, EvaluateConfig, KnnConfig
 from stablerep.evaluation.evaluate import complete_lists
-from stablerep.evaluation.protocols import Evaluation
+from stablerep.evaluation.plan import make_plan
+from stablerep.evaluation.protocols import Evaluation, list_scores
 from stablerep.evaluation.results import Row, read_results
 from stablerep.loading import LoadedModel, load_model
 from stablerep.loading.model import EvaluationTransform
@@ -304,6 +305,26 @@ def test_alignment_is_the_mean_over_pairs_of_the_models_own_features(
         x = torch.nn.functional.normalize(content.get_tensor("values").double(), dim=1)
     pairs = [float((x[2 * i] - x[2 * i + 1]).square().sum()) for i in range(3)]
     assert values_of(results)["geometry", "alignment", "projection"] == pytest.approx(np.mean(pairs))
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("kind", ["generated", "folders"])
+def test_the_scores_that_are_foretold_are_those_that_come(
+    text_checkpoint: Path, write_folders: WriteFolders, tmp_path: Path, kind: str
+) -> None:
+    if kind == "generated":
+        data = tmp_path / "shards"
+        write_dataset(data, [5, 2], num_images=2)
+    else:
+        data = write_folders(train=8, test=4)
+    results = evaluate(text_checkpoint, data, tmp_path / "out", "--protocols=all", "--features=all")
+    words = [f"--checkpoint={text_checkpoint}", f"--data={data}", "--protocols=all", "--features=all"]
+    config = parse_config(
+        EvaluateConfig, [*words, *QUICK, "--dry_run=true"], prog="stablerep evaluate", description="Evaluate."
+    )
+    plan = make_plan(config)
+    foretold = list_scores(config, plan.dataset, plan.protocols, plan.feature_names)
+    assert sorted(foretold) == sorted(row.key for row in results.rows)
 
 
 @pytest.mark.e2e

@@ -11,10 +11,10 @@ from stablerep.cli import main
 from stablerep.evaluation.results import Provenance, Row, write_results
 
 
-def write(folder: Path, values: dict[str, float], *, data: str = "d", **settings: Any) -> str:
+def write(folder: Path, values: dict[str, float], settings: Any = None, *, data: str = "d") -> str:
     folder.mkdir()
     rows = [
-        Row(protocol, "accuracy", value, None, "", 40, "none", {}, "cls", 1.0, settings)
+        Row(protocol, "accuracy", value, None, "", 40, "none", {}, "cls", 1.0, settings or {})
         for protocol, value in values.items()
     ]
     hashes = {"weights": folder.name, "data": data, "transform": "t"}
@@ -25,7 +25,7 @@ def write(folder: Path, values: dict[str, float], *, data: str = "d", **settings
 def test_mean_and_students_interval_over_the_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     values = [0.61, 0.64, 0.59]
     folders = [
-        write(tmp_path / f"run {seed},", {"knn20": value, "ridge": 0.5 + seed / 100}, seed=seed)
+        write(tmp_path / f"run {seed},", {"knn20": value, "ridge": 0.5 + seed / 100}, {"seed": seed})
         for seed, value in enumerate(values)
     ]
     write(tmp_path / "alone", {"logreg": 0.5})
@@ -50,12 +50,10 @@ def test_a_score_that_one_run_lacks_is_named(tmp_path: Path, capsys: pytest.Capt
 def test_runs_that_are_no_seeds_of_one_experiment_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = write(tmp_path / "first", {"knn20": 0.5}, **{"knn.temperature": 0.07})
+    first = write(tmp_path / "first", {"knn20": 0.5}, {"knn.temperature": 0.07})
     others = {
-        "evaluated on other data": write(
-            tmp_path / "b", {"knn20": 0.5}, data="e", **{"knn.temperature": 0.07}
-        ),
-        "knn.temperature is 0.07 in": write(tmp_path / "c", {"knn20": 0.5}, **{"knn.temperature": 0.1}),
+        "evaluated on other data": write(tmp_path / "b", {"knn20": 0.5}, {"knn.temperature": 0.07}, data="e"),
+        "knn.temperature is 0.07 in": write(tmp_path / "c", {"knn20": 0.5}, {"knn.temperature": 0.1}),
         "have no score in common": write(tmp_path / "d", {"ridge": 0.5}),
         "are of the same weights": first,
     }
