@@ -4,6 +4,7 @@ Nothing is waited for by a sleep of a fixed length, and no deadline is near what
 tests run beside others, on as many cores as there are.
 """
 
+import os
 import random
 import signal
 import socket
@@ -43,6 +44,12 @@ def is_group_running(group: int) -> bool:
         if int(its_group) == group and state != "Z":
             return True
     return False
+
+
+def stop_process(pid: int) -> None:
+    """Stops a process, and returns when it has: before, it would still take other signals, those first."""
+    os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
 
 
 def is_pending(pid: int, number: signal.Signals) -> bool:

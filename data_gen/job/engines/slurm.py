@@ -258,6 +258,7 @@ supervise() {
 start() {
     supervise "${#children[@]}" "$@" &
     children+=("$!")
+    if ((${#signals[@]})); then kill -USR1 "$!" 2>/dev/null; fi  # it came just before
 }
 
 # Back into the queue: what this task leaves is made by whichever task runs next.

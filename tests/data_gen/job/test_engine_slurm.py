@@ -30,7 +30,7 @@ from tests.data_gen.slurm_cluster import (
     find_missing_programs,
     run_slurm_cluster,
 )
-from tests.processes import MAX_SECONDS, is_pending, wait_until
+from tests.processes import MAX_SECONDS, is_pending, stop_process, wait_until
 
 NASTY_NAME = 'it\'s 100% "of" größer #1; $(touch injected) `touch injected` & packed \\ set'
 NUM_SHARDS = 4
@@ -224,7 +224,8 @@ def test_usr1_to_the_batch_shell_has_the_worker_give_back_and_the_task_requeued(
         wait_for_event(task.dataset, event="start")
         task.process.send_signal(signal.SIGUSR1)
         assert task.wait() == 75
-    assert read_events(task.dataset, event="gave back", signals=["SIGUSR1"])
+    (event,) = read_events(task.dataset, event="gave back")
+    assert set(event["signals"]) == {"SIGUSR1"}  # more than once if it came just as the shells began to wait
     assert task.read_calls() == ["requeue 17_2"]  # "requeue 17" would be the whole array
 
 
@@ -247,7 +248,7 @@ def test_a_task_that_is_cancelled_while_it_gives_back_is_not_requeued(
         task = start_task(SlurmConfig())
         wait_for_event(task.dataset, event="start")
         pid = read_events(task.dataset)[0]["pid"]
-        os.kill(pid, signal.SIGSTOP)
+        stop_process(pid)
         task.process.send_signal(signal.SIGUSR1)
         wait_until(lambda: is_pending(pid, signal.SIGUSR1))  # both shells have passed it on
         os.killpg(task.process.pid, signal.SIGTERM)
@@ -301,7 +302,7 @@ def test_a_worker_that_dies_while_the_time_limit_is_near_is_left_to_the_next_run
         task = start_task(SlurmConfig())
         wait_for_event(task.dataset, event="start")
         pid = read_events(task.dataset)[0]["pid"]
-        os.kill(pid, signal.SIGSTOP)
+        stop_process(pid)
         task.process.send_signal(signal.SIGUSR1)
         wait_until(lambda: is_pending(pid, signal.SIGUSR1))  # both shells have passed it on
         os.kill(pid, signal.SIGKILL)
