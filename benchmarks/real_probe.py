@@ -479,7 +479,7 @@ def build_page(
     ]
     for name in dict.fromkeys(found.data for found in probes):
         found = [each for each in probes if each.data == name]
-        num_test = max(row["n"] for row in found[0].rows)
+        num_test = next(row["n"] for row in found[0].rows if row["metric"] == "rankme")
         parts += [f"## {name}, {num_test:,} test images", build_table(found)]
         parts += [f"{each.weights}: {describe_training(each.training)}" for each in found if each.training]
         notes = dict.fromkeys(note for each in found for note in each.notes)

@@ -43,8 +43,8 @@ class KnnConfig:
     """Settings of the weighted k-nearest-neighbour vote."""
 
     k: tuple[int, ...] = NUMBERS_OF_NEIGHBOURS
-    """Numbers of neighbours that vote; those above the number of training images are left out, but for the
-    smallest."""
+    """Numbers of neighbours that vote; those above the number of training images are left out, if one is
+    not."""
     temperature: float = 0.07
     """T of the weights exp(cosine / T)."""
 
@@ -109,7 +109,8 @@ class EvaluateConfig(SetOptions):
     output: str | None = None
     """Folder for the results and the report; null makes one in evaluation/ beside the checkpoint, or here."""
     overwrite: bool = False
-    """Write over the results of other weights or data in the output folder."""
+    """Write over scores of other settings in the output folder, and over results that cannot be read or are of
+    other weights, data or transform."""
     random_init: bool = False
     """Evaluate the model's architecture with fresh, seeded weights: the baseline of no training."""
     ema: bool = False

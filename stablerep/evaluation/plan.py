@@ -98,7 +98,7 @@ def make_plan(config: EvaluateConfig) -> Plan:
     protocols, notes = choose_protocols(config, model, dataset)
     feature_names = choose_features(config, model)
     scores = {
-        key: describe_settings(config, protocol)
+        key: describe_settings(config, dataset, protocol)
         for protocol in protocols
         for key in list_scores(config, dataset, [protocol], feature_names)
     }
@@ -123,7 +123,7 @@ def make_plan(config: EvaluateConfig) -> Plan:
         provenance=provenance,
         protocols=protocols,
         feature_names=feature_names,
-        notes=[*dataset.remarks, *notes],
+        notes=[*model.remarks, *dataset.remarks, *notes],
         folder=folder,
     )
 

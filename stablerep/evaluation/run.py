@@ -1,6 +1,7 @@
 """One evaluation: plan, features, protocols, output. As one process, or as each rank of a group."""
 
 import dataclasses
+import logging
 import os
 import sys
 import time
@@ -22,8 +23,8 @@ from stablerep.evaluation.reporting.markdown import build_table
 from stablerep.evaluation.requirements import find_unmet, parse_requirement
 from stablerep.evaluation.results import Row, write_results
 
-_FAILURES = (ValueError, OSError, MemoryError, torch.OutOfMemoryError)
-"""What may stop one protocol and leave the others whole; anything else is a fault of the program."""
+_EXPECTED = (ValueError, OSError, MemoryError, torch.OutOfMemoryError, torch.linalg.LinAlgError)
+logger = logging.getLogger(__name__)
 _TIMEOUT = timedelta(hours=12)
 """What a rank waits for another at most: rank 0 alone hashes a set's images and trains the linear heads."""
 
@@ -80,7 +81,7 @@ class Done:
 
     rows: list[Row] = field(default_factory=list)
     in_folder: tuple[Row, ...] = ()
-    failures: dict[str, BaseException] = field(default_factory=dict)
+    failures: dict[str, Exception] = field(default_factory=dict)
 
 
 def run_protocols(plan: Plan, evaluation: Evaluation, seconds: dict[str, float]) -> Done:
@@ -107,9 +108,11 @@ def run_protocols(plan: Plan, evaluation: Evaluation, seconds: dict[str, float])
         start = time.perf_counter()
         try:
             rows = run_protocol(protocol, evaluation)
-        except _FAILURES as error:
+        except Exception as error:
             if is_shared:
                 raise
+            if not isinstance(error, _EXPECTED):  # a fault of the program: where it is must be seen
+                logger.exception("%s failed", protocol)
             done.failures[protocol] = error
             continue
         finally:

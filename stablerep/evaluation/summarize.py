@@ -65,13 +65,13 @@ def summarize_runs(
         confidence: Coverage, in (0, 1).
 
     Raises:
-        ValueError: If the runs are of other data, have other settings than the seed, two are of the same
-            weights, or they have no score in common.
+        ValueError: If the runs are of other data, transforms or architectures, have other settings than the
+            seed, two are of the same weights, or they have no score in common.
     """
     first = runs[0]
     keys = [record.row.key for record in first]
     for records, name in zip(runs, names, strict=True):
-        _check_same_data(first, records, names[0], name)
+        _check_same_setting(first, records, names[0], name)
         keys = [key for key in keys if key in {record.row.key for record in records}]
     if not keys:
         raise ValueError(f"{', '.join(names)} have no score in common")
@@ -107,12 +107,11 @@ def build_table(summaries: dict[RowKey, SeedSummary], confidence: float = 0.95) 
     return "\n".join(lines)
 
 
-def _check_same_data(a: Sequence[Record], b: Sequence[Record], name_a: str, name_b: str) -> None:
+def _check_same_setting(a: Sequence[Record], b: Sequence[Record], name_a: str, name_b: str) -> None:
     for records, name in ((a, name_a), (b, name_b)):
         if not records:
             raise ValueError(f"{name} has no rows")
-    data_a, data_b = (records[0].provenance.hashes["data"] for records in (a, b))
-    if data_a != data_b:
-        raise ValueError(
-            f"{name_a} and {name_b} were evaluated on other data ({data_a[:12]} and {data_b[:12]})"
-        )
+    for kind in ("data", "transform", "architecture"):
+        hash_a, hash_b = (records[0].provenance.hashes.get(kind, "") for records in (a, b))
+        if hash_a != hash_b:
+            raise ValueError(f"{name_a} and {name_b} are of other {kind} ({hash_a[:12]} and {hash_b[:12]})")

@@ -52,5 +52,5 @@ COLLECTIVE_PROTOCOLS = ("linear", "robustness", "zeroshot", "retrieval")
 
 def run_protocol(name: str, evaluation: Evaluation) -> list[Row]:
     """The rows of one protocol, on rank 0; of a collective one each rank calls it, and others get none."""
-    settings = describe_settings(evaluation.config, name)
+    settings = describe_settings(evaluation.config, evaluation.dataset, name)
     return [dataclasses.replace(row, settings=settings) for row in _PROTOCOLS[name](evaluation)]

@@ -43,9 +43,12 @@ def accuracy_row(
 
 
 def sort_rows(rows: Iterable[Row]) -> list[Row]:
-    """In the order of `PROTOCOLS`, and as they come within one."""
+    """In the order of `PROTOCOLS`, and as they come within one; those of none of them last."""
     return sorted(
-        rows, key=lambda row: next(i for i, name in enumerate(PROTOCOLS) if row.protocol.startswith(name))
+        rows,
+        key=lambda row: next(
+            (place for place, name in enumerate(PROTOCOLS) if row.protocol.startswith(name)), len(PROTOCOLS)
+        ),
     )
 
 

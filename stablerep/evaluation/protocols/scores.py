@@ -1,5 +1,6 @@
 """Which scores an evaluation will give, so that requirements on others are refused before the work."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -8,7 +9,7 @@ from typing import Any
 from stablerep.evaluation.config import EvaluateConfig
 from stablerep.evaluation.protocols.probes import choose_numbers_of_neighbours, name_fewshot
 from stablerep.evaluation.protocols.robustness import list_means
-from stablerep.evaluation.protocols.texts import JOINT_FEATURE, RETRIEVAL_RANKS
+from stablerep.evaluation.protocols.texts import JOINT_FEATURE, RETRIEVAL_RANKS, read_class_names
 from stablerep.evaluation.requirements import ScoreKey
 from stablerep.evaluation.sets import LabelledSet
 
@@ -29,10 +30,15 @@ def list_scores(
     return scores
 
 
-def describe_settings(config: EvaluateConfig, protocol: str) -> dict[str, Any]:
-    """The options that the scores of a protocol depend on, such as `linear.num_epochs`, beside the data's."""
+def describe_settings(config: EvaluateConfig, dataset: LabelledSet, protocol: str) -> dict[str, Any]:
+    """What the scores of a protocol depend on beside model and images, such as `linear.num_epochs`."""
     own = asdict(getattr(config, protocol)) if hasattr(config, protocol) else {}
     named = {f"{protocol}.{name}": value for name, value in own.items()}
+    if protocol == "zeroshot":
+        names = "\n".join(read_class_names(config, dataset))
+        named["zeroshot.class_names"] = f"sha256 {hashlib.sha256(names.encode()).hexdigest()[:16]}"
+    if protocol == "robustness":
+        named["knn.temperature"] = config.knn.temperature
     shared = {name: getattr(config, name) for name in _SHARED_SETTINGS}
     return {name: value for name, value in (named | shared).items() if name not in _IN_THE_NAME}
 

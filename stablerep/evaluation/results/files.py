@@ -1,7 +1,9 @@
 """Scores in a folder."""
 
 import dataclasses
+import logging
 import os
+import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from stablerep.evaluation.results.predictions import (
 from stablerep.evaluation.results.rows import Provenance, Row, RowKey
 
 RESULTS_FILE, PREDICTIONS_FILE = "results.jsonl", "predictions.npz"
+logger = logging.getLogger(__name__)
 _WAY_OUT = "name another folder, or give --overwrite"
 
 
@@ -61,11 +64,13 @@ def check_folder(
 
     Raises:
         ValueError: If its results.jsonl is of other weights, data or transform, has one of these scores with
-            other settings, or cannot be read.
+            other settings, or cannot be read; or if the predictions of another score are not there.
     """
-    path = Path(folder) / RESULTS_FILE
-    if path.exists():
-        _check_lines(path, read_lines(path), provenance, settings or {})
+    folder, settings = Path(folder), settings or {}
+    if (folder / RESULTS_FILE).exists():
+        lines = read_lines(folder / RESULTS_FILE)
+        _check_lines(folder / RESULTS_FILE, lines, provenance, settings)
+        _attach_all(folder, [line for line in lines if line.row.key not in settings])
 
 
 def write_results(
@@ -79,7 +84,8 @@ def write_results(
 ) -> tuple[Row, ...]:
     """Writes scores; those of the same weights, data and transform that are there stay.
 
-    Each of the two files is written whole or not at all, and a kill between them loses no score.
+    Each of the two files is written whole or not at all. A kill between them leaves every score; those that
+    were being replaced may then have the predictions of their successors, which is seen when they are read.
 
     Args:
         folder: Where; it exists.
@@ -87,7 +93,8 @@ def write_results(
             settings is replaced.
         provenance: What they share.
         names: Names of the test images, in the order of the predictions.
-        overwrite: Replace scores of other settings, too, and all results of another run.
+        overwrite: Replace scores of other settings, too, all results of another run, and scores whose
+            predictions are not there any more.
         sort: Puts the scores of the folder in order; they come in that in which they were first written.
 
     Returns:
@@ -104,7 +111,7 @@ def write_results(
     new = {row.key: Record(row, provenance) for row in rows}
     records = _read_earlier(folder, new, provenance, overwrite=overwrite) | new
     kept = [_share_names(record.row, names) for key, record in records.items() if key not in new]
-    arrays, keys = collect_arrays([*rows, *kept], names)
+    arrays, keys = collect_arrays([*kept, *rows], names)
     together = {row.key: row for row in [*rows, *kept]}
     ordered = tuple(sort(together[key] for key in records))
     lines = []
@@ -112,7 +119,7 @@ def write_results(
         place = keys.get(row.key)
         digest = None if place is None else digest_arrays(arrays, place)
         lines.append(write_line(row, records[row.key].provenance, place, digest))
-    # Predictions first: a kill between the two leaves lines whose arrays are there, or are seen to be others.
+    # Predictions first: a kill between the two leaves lines whose arrays are still there.
     replace_file(folder / PREDICTIONS_FILE, pack_arrays(arrays))
     replace_file(folder / RESULTS_FILE, "".join(lines).encode())
     return ordered
@@ -144,7 +151,7 @@ def read_results(folder: str | Path) -> Results:
     for line in lines[1:]:
         if line.provenance.hashes != lines[0].provenance.hashes:
             raise ValueError(f"{path}, line {line.number}: is of another run than line {lines[0].number}")
-    arrays = read_arrays(folder / PREDICTIONS_FILE) if any(line.key for line in lines) else {}
+    arrays = _read_arrays_of(folder, lines)
     rows = tuple(_attach(line, arrays, path) for line in lines)
     return Results(folder, lines[0].provenance, rows, tuple(map(str, arrays.get("names", ()))))
 
@@ -155,7 +162,7 @@ def replace_file(path: Path, content: bytes) -> None:
     Raises:
         OSError: If it cannot be written; what was there stays.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         with open(partial, "wb") as file:
             file.write(content)
@@ -200,15 +207,39 @@ def _read_earlier(
         lines = read_lines(path)
         settings = {} if overwrite else {key: record.row.settings for key, record in new.items()}
         _check_lines(path, lines, provenance, settings)
-        kept = [line for line in lines if line.row.key not in new]
-        arrays = read_arrays(folder / PREDICTIONS_FILE) if any(line.key for line in kept) else {}
-        attached = {line.row.key: _attach(line, arrays, path) for line in kept}
-    except (ValueError, FileNotFoundError):
+    except ValueError:
         if not overwrite:
             raise
         return {}
-    rows = [(attached.get(line.row.key, line.row), line.provenance) for line in lines]
-    return {row.key: Record(row, provenance) for row, provenance in rows}
+    attached = _attach_all(folder, [line for line in lines if line.row.key not in new], drop=overwrite)
+    return {
+        line.row.key: Record(attached.get(line.row.key, line.row), line.provenance)
+        for line in lines
+        if line.row.key in new or line.row.key in attached
+    }
+
+
+def _attach_all(folder: Path, lines: Sequence[Line], *, drop: bool = False) -> dict[RowKey, Row]:
+    """Lines that will stay, with their arrays; those whose arrays are not there are refused, or dropped."""
+    arrays: dict[str, np.ndarray] = {}
+    rows = {}
+    try:
+        arrays = _read_arrays_of(folder, lines)
+    except (ValueError, FileNotFoundError) as error:
+        if not drop:
+            raise ValueError(f"{error}: {_WAY_OUT}") from error
+    for line in lines:
+        try:
+            rows[line.row.key] = _attach(line, arrays, folder / RESULTS_FILE)
+        except ValueError as error:
+            if not drop:
+                raise ValueError(f"{error}: {_WAY_OUT}") from error
+            logger.warning("given up, as it has no predictions: %s of %s: %s", *line.row.key[::2], error)
+    return rows
+
+
+def _read_arrays_of(folder: Path, lines: Sequence[Line]) -> dict[str, np.ndarray]:
+    return read_arrays(folder / PREDICTIONS_FILE) if any(line.key for line in lines) else {}
 
 
 def _attach(line: Line, arrays: Mapping[str, np.ndarray], path: Path) -> Row:

@@ -132,6 +132,17 @@ def test_a_value_that_its_predictions_contradict_is_refused(tmp_path: Path) -> N
     a, b = write(tmp_path / "a", [row(A)]), write(tmp_path / "b", [row(B, value=0.99)])
     with pytest.raises(ValueError, match=r"b: knn20 accuracy is 0.990000, but its predictions give 0\.\d+"):
         compare_results(a, b)
+    scores = np.linspace(0, 1, NUM)
+    c = write(tmp_path / "c", [row(A, "fewshot", value=0.9, predictions=scores, targets=None)])
+    with pytest.raises(ValueError, match=r"c: fewshot accuracy is 0.900000, but its predictions give 0.5"):
+        compare_results(c, c)
+
+
+def test_a_run_without_predictions_is_compared_by_its_values(tmp_path: Path) -> None:
+    alignment = row(A, "geometry", metric="alignment", value=0.3, predictions=None, targets=None)
+    a, b = write(tmp_path / "a", [row(A), alignment]), write(tmp_path / "b", [alignment])
+    (found,) = compare_results(a, b)
+    assert (found.protocol, found.difference, found.interval) == ("geometry", 0.0, None)
 
 
 def test_runs_without_a_common_score_are_refused(tmp_path: Path) -> None:
@@ -170,17 +181,15 @@ def test_scores_without_targets_are_compared_by_their_mean(tmp_path: Path) -> No
                 **own,
             ),
             row(A, "geometry", metric="alignment", value=0.5 + shift, predictions=None, targets=None),
-            row(A, "geometry", metric="spread", value=9.0, predictions=accuracies, names=episodes, **own),
         ]
 
     found = compare_results(write(tmp_path / "a", rows(0.2)), write(tmp_path / "b", rows(0.0)))
-    fewshot, retrieval, geometry, spread = found
+    fewshot, retrieval, geometry = found
     assert fewshot.interval is not None
     assert fewshot.interval[0] < fewshot.difference < fewshot.interval[1]
     assert fewshot.mcnemar is None
     assert retrieval.mcnemar is not None
     assert (geometry.difference, geometry.interval) == (pytest.approx(0.2), None)
-    assert spread.interval is None
 
 
 def test_rows_of_other_settings_are_compared_and_the_settings_named(tmp_path: Path) -> None:

@@ -368,7 +368,11 @@ def test_shards_and_the_exact_protocol_run(checkpoint: Path, shards: Path, tmp_p
 
 
 @pytest.mark.e2e
+@pytest.mark.parametrize(
+    "error", [ValueError, torch.OutOfMemoryError, torch.linalg.LinAlgError, RuntimeError]
+)
 def test_a_protocol_that_fails_leaves_the_scores_of_the_others(
+    error: type[Exception],
     checkpoint: Path,
     write_folders: WriteFolders,
     tmp_path: Path,
@@ -377,7 +381,7 @@ def test_a_protocol_that_fails_leaves_the_scores_of_the_others(
 ) -> None:
     def fail(evaluation: Evaluation) -> list[Row]:
         assert [row.protocol for row in read_results(tmp_path / "out").rows] == ["knn5"]  # already written
-        raise torch.OutOfMemoryError("no memory is left")
+        raise error("no memory is left")
 
     monkeypatch.setitem(protocols._PROTOCOLS, "ridge", fail)
     data = write_folders(train=6, test=4)
@@ -393,6 +397,25 @@ def test_a_protocol_that_fails_leaves_the_scores_of_the_others(
     monkeypatch.undo()
     results = evaluate(checkpoint, data, tmp_path / "out", "--protocols=[ridge]")
     assert {row.protocol for row in results.rows} == {"knn5", "geometry", "ridge"}
+
+
+@pytest.mark.e2e
+def test_settings_that_change_a_score_are_among_its_settings(
+    text_checkpoint: Path, write_folders: WriteFolders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = write_folders(train=6, test=4), tmp_path / "out"
+    (tmp_path / "names.txt").write_text("sky\nleaf\nfire\n")
+    protocols = "--protocols=[robustness, zeroshot]"
+    before = evaluate(text_checkpoint, data, out, protocols).rows
+    words = ["evaluate", f"--checkpoint={text_checkpoint}", f"--data={data}", f"--output={out}", *QUICK]
+    for option, told in (
+        ("--knn.temperature=1", "robustness_clean accuracy of cls with knn.temperature was 0.07, now 1.0"),
+        (f"--zeroshot.class_names={tmp_path / 'names.txt'}", "with zeroshot.class_names was sha256 "),
+    ):
+        capsys.readouterr()
+        assert main([*words, protocols, option]) == 1
+        assert told in capsys.readouterr().err
+    assert list(read_results(out).rows) == list(before)
 
 
 @pytest.mark.e2e

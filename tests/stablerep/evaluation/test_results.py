@@ -232,8 +232,37 @@ def test_predictions_of_another_run_are_seen(tmp_path: Path) -> None:
     (tmp_path / "predictions.npz").write_bytes(other[: len(other) // 2])
     with pytest.raises(ValueError, match=r"predictions.npz is damaged"):
         read_results(tmp_path)
-    write_results(tmp_path, [row("ridge")], provenance(), NAMES, overwrite=True)
-    assert list(read_results(tmp_path).rows) == [row("ridge")]
+
+
+@pytest.mark.parametrize("fault", ["missing", "damaged", "of another run"])
+def test_scores_whose_predictions_are_gone_are_refused_before_the_work(
+    tmp_path: Path, fault: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    alignment = row("geometry", interval=None, predictions=None, targets=None)
+    path = tmp_path / "predictions.npz"
+    write_results(tmp_path, [row(num_wrong=20), row("logreg"), alignment], provenance(), NAMES)
+    other = path.read_bytes()
+    write_results(tmp_path, [row()], provenance(), NAMES)
+    if fault == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(other if fault == "of another run" else other[:100])
+    ridge = row("ridge")
+    for refuse in (
+        lambda: check_folder(tmp_path, provenance(), {ridge.key: ridge.settings}),
+        lambda: write_results(tmp_path, [ridge], provenance(), NAMES),
+    ):
+        with pytest.raises(ValueError, match="name another folder, or give --overwrite"):
+            refuse()
+    # What is computed anew needs no predictions of its own from before.
+    new = [row(), row("logreg")]
+    check_folder(tmp_path, provenance(), {one.key: one.settings for one in new})
+    # Only what is lost is given up, and it is named.
+    together = write_results(tmp_path, [ridge], provenance(), NAMES, overwrite=True)
+    left = [row("logreg")] if fault == "of another run" else []
+    assert list(together) == list(read_results(tmp_path).rows) == [*left, alignment, ridge]
+    assert "knn20 of cls" in caplog.text
+    assert ("logreg of cls" in caplog.text) == (fault != "of another run")
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,15 @@ from stablerep.cli import main
 from stablerep.evaluation.results import Provenance, Row, write_results
 
 
-def write(folder: Path, values: dict[str, float], settings: Any = None, *, data: str = "d") -> str:
+def write(
+    folder: Path, values: dict[str, float], settings: Any = None, *, data: str = "d", heads: str = "h"
+) -> str:
     folder.mkdir()
     rows = [
         Row(protocol, "accuracy", value, None, "", 40, "none", {}, "cls", 1.0, settings or {})
         for protocol, value in values.items()
     ]
-    hashes = {"weights": folder.name, "data": data, "transform": "t"}
+    hashes = {"weights": folder.name, "data": data, "transform": "t", "architecture": heads}
     write_results(folder, rows, Provenance("last.ckpt", "clothing", "t", hashes, {}), [])
     return str(folder)
 
@@ -52,8 +54,9 @@ def test_runs_that_are_no_seeds_of_one_experiment_are_refused(
 ) -> None:
     first = write(tmp_path / "first", {"knn20": 0.5}, {"knn.temperature": 0.07})
     others = {
-        "evaluated on other data": write(tmp_path / "b", {"knn20": 0.5}, {"knn.temperature": 0.07}, data="e"),
+        "are of other data": write(tmp_path / "b", {"knn20": 0.5}, {"knn.temperature": 0.07}, data="e"),
         "knn.temperature is 0.07 in": write(tmp_path / "c", {"knn20": 0.5}, {"knn.temperature": 0.1}),
+        "are of other architecture": write(tmp_path / "e", {"knn20": 0.5}, heads="i"),
         "have no score in common": write(tmp_path / "d", {"ridge": 0.5}),
         "are of the same weights": first,
     }
