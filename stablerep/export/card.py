@@ -1,5 +1,6 @@
 """The model card, README.md: a header for the Hugging Face hub, then what a user has to know, in words."""
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from stablerep.evaluation.reporting.model_index import build_eval_results
 from stablerep.evaluation.results import Provenance, Record, Row
 from stablerep.export.comparison import TOLERANCE, Comparison
 from stablerep.export.hub import TAG
+from stablerep.export.privacy import publish_settings, publish_text
 from stablerep.export.timm_files import WEIGHTS_FILE, bare_architecture
 from stablerep.export.training import TRAINING_FILE, DatasetFacts, Training
 from stablerep.loading import LoadedModel
@@ -189,7 +191,8 @@ features = model(**processor(image)).pooler_output""",
     has_to_be_told = facts.open_clip_is_elsewhere and facts.location is None
     if facts.has_open_clip:
         loading = (
-            f"""import json
+            f"""import dataclasses
+import json
 from pathlib import Path
 
 import open_clip
@@ -245,18 +248,16 @@ def _describe_dataset(dataset: DatasetFacts) -> str:
     manifest = dataset.manifest
     if manifest is None:
         return f"{title}\nIts `dataset.json` could not be read when this card was written."
+    generator = publish_settings(manifest.settings.get("generator", {}))
     rows = {
         "images": f"generated, {manifest.num_images_per_caption} planned for each of {manifest.num_captions} "
         "captions",
-        "captions from": _code(manifest.captions_source),
-        **{
-            f"generator: {name}": _code(value)
-            for name, value in _flatten(manifest.settings.get("generator", {}))
-        },
+        "captions from": _code(publish_settings(manifest.captions_source)),
+        **{f"generator: {name}": _code(value) for name, value in _flatten(generator)},
         "settings hash": f"`{manifest.settings_hash}`",
         "licence": dataset.license if dataset.license != NO_LICENSE else "nobody has stated one",
     }
-    note = f"\n\n> {_escape(manifest.note)}" if manifest.note else ""
+    note = f"\n\n> {_escape(publish_text(manifest.note))}" if manifest.note else ""
     lines = "\n".join(f"| {_escape(name)} | {value} |" for name, value in rows.items())
     return f"{title}\n| | |\n|---|---|\n{lines}{note}"
 
@@ -318,6 +319,7 @@ def _group(scores: Sequence[Record]) -> list[tuple[Provenance, list[Row]]]:
     """The rows of each data set."""
     groups: dict[tuple[str, str], tuple[Provenance, list[Row]]] = {}
     for row, provenance in scores:
+        provenance = dataclasses.replace(provenance, data=publish_text(provenance.data))
         key = provenance.hashes["data"], provenance.hashes["transform"]
         groups.setdefault(key, (provenance, []))[1].append(row)
     return list(groups.values())

@@ -9,7 +9,8 @@
     SHA256SUMS                    for `sha256sum -c SHA256SUMS`
 
 The folder is written beside its final name, loaded back through each library and compared with the source,
-and only then moved into place: it is there whole, or not at all. No file names a folder of the machine.
+and only then moved into place: it is there whole, or not at all. What may be
+published of settings: `stablerep.export.privacy`.
 """
 
 import glob
@@ -36,7 +37,8 @@ from stablerep.export.scores import read_scores
 from stablerep.export.timm_files import CONFIG_FILE, WEIGHTS_FILE, build_model_args, write_timm_files
 from stablerep.export.training import TRAINING_FILE, read_training
 from stablerep.loading import LoadedModel, load_model
-from stablerep.loading.clip_models import LOCAL_FOLDER, OPEN_CLIP_CONFIG
+from stablerep.loading.clip_models import OPEN_CLIP_CONFIG
+from stablerep.loading.timm_models import LOCAL_FOLDER
 
 _OWN_FILES = {
     WEIGHTS_FILE,
@@ -61,7 +63,8 @@ class ExportConfig:
     ema: bool = False
     """Export the moving average of the weights (`model.optimizer.ema_decay`) in place of the weights."""
     overwrite: bool = False
-    """Replace an earlier export in the output folder, if its files are as they were written."""
+    """Replace an earlier export in the output folder, if its files are as they were written, and in the
+    repository of `push`, whatever its weights."""
     name: str | None = None
     """What the model card calls the model; null takes the output folder's name."""
     license: str = "unknown"
@@ -71,8 +74,8 @@ class ExportConfig:
     """results.jsonl of `stablerep evaluate`, or its folder, for the model card; rows of other models are
     refused."""
     push: str | None = None
-    """ORG/NAME: upload the folder to the Hugging Face hub, with the token of `hf auth login`, in place of an
-    earlier export; the repository of another model is refused."""
+    """ORG/NAME: upload the folder to the Hugging Face hub, with the token of `hf auth login`; one that
+    holds an earlier export needs `overwrite`, one of anything else is refused."""
     private: bool = False
     """Make the repository on the hub a private one; a public one is refused."""
 
@@ -117,7 +120,7 @@ def run(config: ExportConfig) -> int:
     _restore_former(output)
     _check_output(output, config.overwrite)
     if config.push is not None:
-        check_push(config.push, private=config.private)
+        check_push(config.push, private=config.private, overwrite=config.overwrite)
     model = load_model(config.checkpoint, ema=config.ema)
     if model.kind not in ("checkpoint", "stablerep", "weights"):
         raise ValueError(
@@ -156,7 +159,9 @@ def run(config: ExportConfig) -> int:
             f"{CARD_FILE} shows how it is told another place"
         )
     if config.push is not None:
-        address = push_folder(output, config.push, _OWN_FILES, private=config.private)
+        address = push_folder(
+            output, config.push, _OWN_FILES, private=config.private, overwrite=config.overwrite
+        )
         print(f"pushed to {address}")
     return 0
 
@@ -181,12 +186,14 @@ def _name_place(output: Path) -> str:
 
 
 def _restore_former(output: Path) -> None:
-    """Puts an export back that a kill has left under another name, between two renames."""
-    if not output.exists():
-        folder = output.resolve()
-        for former in folder.parent.glob(f".{glob.escape(folder.name)}.*.former"):
+    """Puts an export back that a kill has left aside between two renames; one left after them is removed."""
+    folder = output.resolve()
+    for former in folder.parent.glob(f".{glob.escape(folder.name)}.*.former"):
+        is_replaced = not former.with_suffix(".partial").exists()  # that has become the output
+        if output.exists() and is_replaced:
+            shutil.rmtree(former)
+        elif not output.exists() and not is_replaced:
             os.replace(former, output)
-            return
 
 
 @contextmanager

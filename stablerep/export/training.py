@@ -10,14 +10,15 @@ import yaml
 
 from data_gen.shards import DatasetManifest, open_store, read_manifest
 from stablerep.backbones import is_checkpoint
-from stablerep.export.privacy import publish_settings
+from stablerep.export.privacy import publish_settings, publish_text
 from stablerep.loading.official import read_weights
 
 TRAINING_FILE = "training_config.yaml"
 _RUN_CONFIG, _CHECKPOINTS = "config.yaml", "checkpoints"
 _DATASET_CARD, _NO_LICENSE = "README.md", "unknown"
-_HEADING = """# How it was trained. Absolute paths are cut to their last part, user and password are cut
-# out of addresses, and of loggers the classes alone are left.
+_HEADING = """# How it was trained. Absolute paths are cut to their last part, addresses have no user,
+# password or query, what is called password, secret, token, api_key or credential is removed, and of loggers
+# the classes alone are left.
 """
 
 
@@ -115,7 +116,7 @@ def _read_run_config(folder: Path) -> dict[str, Any] | None:
 def _read_datasets(folder: Path, config: Mapping[str, Any]) -> Iterator[DatasetFacts]:
     start = _find_start(folder, config.get("output"))
     for root in _find_roots(config):
-        name = PurePosixPath(root.rstrip("/")).name or root
+        name = PurePosixPath(publish_text(root)).name or root
         is_relative = "://" not in root and not Path(root).is_absolute()
         if not is_relative:
             yield _read_dataset(name, root)

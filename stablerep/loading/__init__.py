@@ -25,7 +25,14 @@ from stablerep.backbones import ProjectionHead, build_from_checkpoint, is_checkp
 from stablerep.loading.clip_models import OPEN_CLIP_CONFIG, load_open_clip
 from stablerep.loading.model import EvaluationTransform, InputFormat, LoadedModel, TextSide, digest_weights
 from stablerep.loading.official import build_official, read_weights
-from stablerep.loading.timm_models import TIMM_CONFIG, TIMM_WEIGHTS, is_timm_config, load_timm
+from stablerep.loading.timm_models import (
+    HUB,
+    LOCAL_FOLDER,
+    TIMM_CONFIG,
+    TIMM_WEIGHTS,
+    is_timm_config,
+    load_timm,
+)
 from stablerep.loading.weights import describe_keys, fit_weights, strip_prefix
 from stablerep.text import ImageTextHead, TextConfig, Tokenizer, build_text_tower
 
@@ -40,7 +47,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_LOCAL_FOLDER, _HUB = "local-dir:", "hf-hub:"
 _CHECKPOINT_PARTS = ("backbone.", "ema_backbone.", "projection_head.", "text_tower.", "text_head.", "queue.")
 
 
@@ -61,7 +67,7 @@ def load_model(path_or_id: str | Path, *, ema: bool = False, random_init: bool =
     name = str(path_or_id)
     if ema and random_init:
         raise ValueError("ema and random_init exclude each other: fresh weights have no average")
-    path = Path(name.removeprefix(_LOCAL_FOLDER))
+    path = Path(name.removeprefix(LOCAL_FOLDER))
     if not name.startswith("open_clip:") and path.is_file():
         return _load_file(name, path, ema, random_init)
     if ema:
@@ -71,7 +77,7 @@ def load_model(path_or_id: str | Path, *, ema: bool = False, random_init: bool =
         return load_open_clip(name, random_init=random_init)
     if path.is_dir():
         return _load_folder(name, path, random_init)
-    if name.startswith(_HUB) or timm.is_model(name):
+    if name.startswith(HUB) or timm.is_model(name):
         return load_timm(name, name, random_init=random_init)
     _refuse_missing(name, path)
     raise ValueError(
@@ -84,16 +90,16 @@ def _refuse_missing(name: str, path: Path) -> None:
     """What looks like a path is one."""
     if "://" in name:
         raise ValueError(f"checkpoint must be a local file, got {name}")
-    if name.startswith((_HUB, "open_clip:")) or path.exists() or timm.is_model(name):
+    if name.startswith((HUB, "open_clip:")) or path.exists() or timm.is_model(name):
         return
     if "/" in name or path.suffix in (".ckpt", ".pth", ".pt", ".bin", ".safetensors"):
-        hint = f"; a model on the hub is {_HUB}{name}" if name.count("/") == 1 and not path.suffix else ""
+        hint = f"; a model on the hub is {HUB}{name}" if name.count("/") == 1 and not path.suffix else ""
         raise FileNotFoundError(f"checkpoint {name} does not exist{hint}")
 
 
 def _load_file(name: str, path: Path, ema: bool, random_init: bool) -> LoadedModel:
     if path.name == TIMM_WEIGHTS and is_timm_config(path.parent / TIMM_CONFIG) and not ema:
-        return load_timm(name, f"{_LOCAL_FOLDER}{path.parent}", random_init=random_init)
+        return load_timm(name, f"{LOCAL_FOLDER}{path.parent}", random_init=random_init)
     content = read_weights(path)
     if is_checkpoint(content):
         return _load_checkpoint(name, path, content, ema, random_init)
@@ -198,7 +204,7 @@ def _load_folder(name: str, folder: Path, random_init: bool) -> LoadedModel:
             return model
         logger.warning("%s: open_clip is not installed, so its text tower is left out", name)
     if (folder / TIMM_CONFIG).is_file():
-        return load_timm(name, f"{_LOCAL_FOLDER}{folder}", random_init=random_init)
+        return load_timm(name, f"{LOCAL_FOLDER}{folder}", random_init=random_init)
     last = folder / "checkpoints" / "last.ckpt"
     hint = f"; its checkpoint is {last}" if last.is_file() else ""
     raise ValueError(f"folder {folder} has neither {TIMM_CONFIG} nor {OPEN_CLIP_CONFIG}{hint}")

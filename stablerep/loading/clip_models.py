@@ -11,13 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from stablerep.arguments import suggest
-from stablerep.loading.model import InputFormat, LoadedModel, TextSide
-from stablerep.loading.timm_models import TIMM_CONFIG, is_timm_config, read_folder_format
-
-logger = logging.getLogger(__name__)
+from stablerep.loading.model import InputFormat, LoadedModel, TextSide, describe_resizing
+from stablerep.loading.timm_models import HUB, LOCAL_FOLDER, TIMM_CONFIG, is_timm_config, read_folder_format
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
-LOCAL_FOLDER, HUB = "local-dir:", "hf-hub:"
 
 
 @contextmanager
@@ -123,6 +120,7 @@ def load_open_clip(name: str, *, random_init: bool) -> LoadedModel:
 
 def _wrap(name: str, architecture: str, model_name: str, model: Any, with_text: bool) -> LoadedModel:
     input_format = _read_input_format(model, model_name)
+    resizing = getattr(model.visual, "preprocess_cfg", {}).get("resize_mode", "shortest")
     backbone, image_projection = _split_image_tower(model.visual)
     scale = float(model.logit_scale.detach().exp())
     tower = _TextTower(model)  # takes the images out of the model, so that no weight is there twice
@@ -136,6 +134,7 @@ def _wrap(name: str, architecture: str, model_name: str, model: Any, with_text: 
         backbone=backbone,
         input_format=input_format,
         text=text,
+        remarks=describe_resizing(name, resizing, "shortest"),
     )
 
 
@@ -190,8 +189,6 @@ def _read_input_format(model: Any, model_name: str) -> InputFormat:
     sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
     if len(set(sides)) != 1:
         raise ValueError(f"{model_name} takes images of {sides[0]} x {sides[1]} pixels, not square ones")
-    if (mode := settings.get("resize_mode", "shortest")) != "shortest":
-        logger.warning("%s resizes images by %s; the shorter side and a crop are used", model_name, mode)
     return InputFormat(
         image_size=int(sides[0]),
         mean=tuple(settings["mean"]),

@@ -2,7 +2,8 @@
 
 import hashlib
 import inspect
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +15,8 @@ from torchvision.transforms import InterpolationMode, v2
 
 from stablerep.data.decoding import to_rgb
 from stablerep.text import TextConfig
+
+logger = logging.getLogger(__name__)
 
 Kind = Literal["checkpoint", "stablerep", "weights", "timm", "open_clip"]
 """Of `stablerep fit`; of the authors; a vision transformer's weights and nothing else; of those libraries."""
@@ -57,6 +60,19 @@ class InputFormat:
     def resize_size(self) -> int:
         """What the shorter side is resized to before the central square is cut out, pixels."""
         return round(self.image_size / self.crop_fraction)
+
+
+def describe_resizing(name: str, mode: str, expected: str) -> list[str]:
+    """What is to be said of a model whose own resizing is not evaluation's; nothing where it is.
+
+    Args:
+        name: What the user gave.
+        mode: How its library resizes for it.
+        expected: What that library calls evaluation's.
+    """
+    if mode == expected:
+        return []
+    return [f"{name} was made for images resized by {mode}; the shorter side and a central crop are used"]
 
 
 def build_eval_transform(
@@ -155,6 +171,7 @@ class LoadedModel(nn.Module):
         input_format: What it takes.
         projection_head: The head that the image loss was taken behind.
         text: What compares images with texts.
+        remarks: What a reader of its scores should know; a line each, which is logged.
 
     Attributes:
         digest: SHA-256 over names, types, shapes and bytes of all weights, in the order of their names.
@@ -182,6 +199,7 @@ class LoadedModel(nn.Module):
         input_format: InputFormat,
         projection_head: nn.Module | None = None,
         text: TextSide | None = None,
+        remarks: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.name = name
@@ -191,6 +209,9 @@ class LoadedModel(nn.Module):
         self.backbone = backbone
         self.projection_head = projection_head
         self.text = text
+        self.remarks = tuple(remarks)
+        for remark in self.remarks:
+            logger.warning("%s", remark)
         self.requires_grad_(False)
         self.eval()
         _check_finite(name, self)
@@ -279,7 +300,7 @@ class LoadedModel(nn.Module):
 
 
 def _check_finite(name: str, model: nn.Module) -> None:
-    for key, weight in model.named_parameters():
+    for key, weight in model.state_dict().items():  # with running means
         if not weight.isfinite().all():
             raise ValueError(f"{name}: weight {key} is not finite")
 

@@ -1,7 +1,6 @@
 """Models of timm: by name, from a folder with config.json, or from the hub."""
 
 import json
-import logging
 import math
 import re
 from collections.abc import Mapping
@@ -14,13 +13,12 @@ import timm.data
 from safetensors import safe_open
 from torch import nn
 
-from stablerep.loading.model import InputFormat, LoadedModel
+from stablerep.loading.model import InputFormat, LoadedModel, describe_resizing
 from stablerep.loading.weights import describe_keys, describe_shapes
 
-logger = logging.getLogger(__name__)
-
 TIMM_CONFIG, TIMM_WEIGHTS = "config.json", "model.safetensors"
-_LOCAL_FOLDER, _HUB = "local-dir:", "hf-hub:"
+LOCAL_FOLDER, HUB = "local-dir:", "hf-hub:"
+"""What timm and open_clip call a folder, and a repository of the hub."""
 _MISSING, _UNEXPECTED = "Missing key(s) in state_dict:", "Unexpected key(s) in state_dict:"
 
 
@@ -41,12 +39,14 @@ def load_timm(name: str, source: str, *, random_init: bool) -> LoadedModel:
         _check_shapes(name, source, model)
     if getattr(model, "num_classes", 0):
         model.reset_classifier(0)
+    settings = timm.data.resolve_model_data_config(model)
     return LoadedModel(
         name=name,
         architecture=str(model.pretrained_cfg.get("architecture") or source),
         kind="timm",
         backbone=model,
-        input_format=read_input_format(timm.data.resolve_model_data_config(model), name),
+        input_format=read_input_format(settings, name),
+        remarks=describe_resizing(name, settings.get("crop_mode") or "center", "center"),
     )
 
 
@@ -82,12 +82,12 @@ def _check_shapes(name: str, source: str, model: nn.Module) -> None:
 
 def _find_weights(source: str) -> Path | None:
     """The file of safetensors that timm has read; None for a name of timm, or a file of another kind."""
-    if source.startswith(_LOCAL_FOLDER):
-        path = Path(source.removeprefix(_LOCAL_FOLDER), TIMM_WEIGHTS)
+    if source.startswith(LOCAL_FOLDER):
+        path = Path(source.removeprefix(LOCAL_FOLDER), TIMM_WEIGHTS)
         return path if path.is_file() else None
-    if not source.startswith(_HUB):
+    if not source.startswith(HUB):
         return None
-    repository, _, revision = source.removeprefix(_HUB).partition("@")
+    repository, _, revision = source.removeprefix(HUB).partition("@")
     found = huggingface_hub.try_to_load_from_cache(repository, TIMM_WEIGHTS, revision=revision or None)
     return Path(found) if isinstance(found, str) else None
 
@@ -125,7 +125,7 @@ def _read_pretrained_cfg(path: Path) -> dict[str, Any]:
 
 
 def read_input_format(settings: Mapping[str, Any], name: str) -> InputFormat:
-    """The input format of timm's `input_size`, `mean`, `std`, `interpolation`, `crop_pct`, `crop_mode`.
+    """The input format of timm's `input_size`, `mean`, `std`, `interpolation`, `crop_pct`.
 
     timm rounds the resized side down; the crop fraction here is that of the side which it takes.
 
@@ -141,8 +141,6 @@ def read_input_format(settings: Mapping[str, Any], name: str) -> InputFormat:
         raise ValueError(
             f"{name} takes {channels} x {height} x {width} images, not square ones of 3 channels"
         )
-    if (mode := settings.get("crop_mode") or "center") != "center":
-        logger.warning("%s resizes images by %s; the shorter side and a crop are used", name, mode)
     resize_size = max(height, math.floor(height / (settings.get("crop_pct") or 0.875)))
     interpolation = settings.get("interpolation") or "bicubic"
     return InputFormat(

@@ -160,6 +160,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
     for key, name, value in (
         ("backbone.norm.bias", "backbone.norm.bias", math.nan),
         ("text_tower.ln_final.bias", "text.tower.ln_final.bias", math.inf),
+        ("projection_head.1.running_mean", "projection_head.1.running_mean", math.nan),
     ):
         content = torch.load(tmp_path / "a.ckpt", weights_only=True)
         content["state_dict"][key][0] = value
@@ -646,6 +647,27 @@ def test_open_clip_folder(tmp_path: Path) -> None:
     model = load_model(tmp_path / "m")
     check_clip(model, clip)
     assert model.input_format == InputFormat(16, (0.5,) * 3, (0.25,) * 3, "bilinear", 1.0)
+
+
+@pytest.mark.parametrize("library", ["timm", "open_clip"])
+def test_resizing_that_is_not_the_models_own_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, library: str
+) -> None:
+    def save(folder: Path, mode: str) -> None:
+        if library == "timm":
+            input_ = {"input_size": [3, 16, 16], "crop_mode": mode}
+            save_timm_folder(folder, build_timm(), pretrained_cfg=input_)
+        else:
+            save_clip_folder(folder, CLIP_CONFIG, resize_mode=mode)
+
+    save(tmp_path / "own", "center" if library == "timm" else "shortest")
+    assert load_model(tmp_path / "own").remarks == ()
+    save(tmp_path / "m", "squash")
+    (remark,) = load_model(tmp_path / "m").remarks
+    assert remark.endswith(
+        "m was made for images resized by squash; the shorter side and a central crop are used"
+    )
+    assert [record.message for record in caplog.records] == [remark]
 
 
 def test_open_clip_folder_beside_a_config_of_transformers(tmp_path: Path) -> None:

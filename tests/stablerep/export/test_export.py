@@ -437,9 +437,18 @@ def test_an_export_that_a_kill_left_aside_is_put_back(
     folder = export(tmp_path)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     folder.rename(tmp_path / ".out.0123abcd.former")
+    (tmp_path / ".out.0123abcd.partial").mkdir()  # it was about to take the place
     assert main(["export", str(tmp_path / "a.ckpt"), "--output", str(tmp_path / "out")]) == 1
     assert "is not empty" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_an_export_that_was_replaced_does_not_come_back(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "a.ckpt")
+    export(tmp_path, name="earlier").rename(tmp_path / ".out.0123abcd.former")  # a kill left it
+    export(tmp_path)  # as though the one that replaced it had been deleted
+    assert names_in(export(tmp_path, "--overwrite")) == TIMM_FILES
+    assert {path.name for path in tmp_path.iterdir()} == {"a.ckpt", "out"}
 
 
 def test_an_earlier_export_is_replaced_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -620,7 +629,8 @@ def test_no_file_names_a_folder_of_the_machine_or_a_password(
             (tmp_path / "run" / "config.yaml").unlink()
         folder = tmp_path / f"out-{number}"
         results = write_scores(tmp_path / "scores", load_model(checkpoint))
-        arguments = ["--output", str(folder), "--push", "someone/model", "--results", str(results)]
+        arguments = ["--output", str(folder), "--push", "someone/model", "--overwrite"]
+        arguments += ["--results", str(results)]
         assert main(["export", str(checkpoint), *arguments]) == 0
         written = {path.name: path.read_bytes() for path in folder.iterdir()}
         assert names_in(folder) == TIMM_FILES | OPEN_CLIP_FILES == hub.files.keys()
@@ -628,6 +638,28 @@ def test_no_file_names_a_folder_of_the_machine_or_a_password(
             assert [name for name, content in files.items() if str(tmp_path).encode() in content] == []
             assert [name for name, content in files.items() if b"hunter2" in content] == []
     assert "teacher.ckpt" in written["training_config.yaml"].decode()
+
+
+def test_card_says_no_more_of_a_dataset_and_of_scores_than_may_be_published(tmp_path: Path) -> None:
+    checkpoint = save_run(tmp_path)
+    path = tmp_path / "data" / "shards" / "dataset.json"
+    manifest = json.loads(path.read_text())
+    manifest["captions_source"] |= {"path": "/home/alice/c.txt"}
+    manifest["settings"]["generator"] |= {"model": "/home/alice/models/sd15", "api_key": "hunter2"}
+    manifest["note"] = "made in /home/alice"
+    path.write_text(json.dumps(manifest))
+    roots = [str(path.parent), "s3://alice:hunter2@bucket"]
+    save_config(tmp_path, data={"roots": [{"root": root} for root in roots]})
+    data = "s3://alice:hunter2@photographs"
+    results = write_scores(tmp_path / "scores", load_model(checkpoint), data_name=data)
+    run(ExportConfig(checkpoint=str(checkpoint), output=str(tmp_path / "out"), results=str(results)))
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "alice" not in text
+    assert "hunter2" not in text
+    assert '| generator: model | `"sd15"` |' in text
+    assert "> made in ~" in text
+    assert "### bucket" in text
+    assert "On photographs" in text
 
 
 def test_a_config_that_cannot_be_read_leaves_the_hyper_parameters(tmp_path: Path) -> None:
@@ -648,7 +680,13 @@ def test_without_a_run_the_hyper_parameters_are_the_training_config(exported: tu
     )
 
 
-def write_scores(folder: Path, model: LoadedModel, selection: str = "none", **other: str) -> Path:
+def write_scores(
+    folder: Path,
+    model: LoadedModel,
+    selection: str = "none",
+    data_name: str = "/somewhere/shapes",
+    **other: str,
+) -> Path:
     folder.mkdir(exist_ok=True)
     row = Row("knn20", "accuracy", 0.625, (0.5, 0.7), "Wilson, 95 %", 64, selection, {"k": 20}, "cls", 1.5)
     hashes = {
@@ -657,7 +695,7 @@ def write_scores(folder: Path, model: LoadedModel, selection: str = "none", **ot
         "data": "d",
         "transform": "t",
     } | other
-    provenance = Provenance("a.ckpt", "/somewhere/shapes", "Resize(18), CenterCrop(16)", hashes, {})
+    provenance = Provenance("a.ckpt", data_name, "Resize(18), CenterCrop(16)", hashes, {})
     write_results(folder, [row], provenance, ["x"], overwrite=True)
     return folder / "results.jsonl"
 
@@ -769,6 +807,22 @@ def test_the_repository_of_another_model_is_left_alone(
     line = fails(tmp_path, capsys, "--push", "someone/model")
     assert "it holds README.md, and no card with the tag stablerep: name another repository" in line
     assert hub.files == files
+
+
+def test_an_earlier_export_in_a_repository_is_replaced_on_demand_alone(
+    tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path / "a.ckpt", TextConfig(**SMALL_TEXT))
+    export(tmp_path, "--push", "someone/model", name="first")
+    before = dict(hub.files)
+    save_checkpoint(tmp_path / "a.ckpt")  # another model, and a name typed wrongly
+    line = fails(tmp_path, capsys, "--push", "someone/model")
+    assert "cannot push to someone/model: it holds an export: name another repository, or --overwr" in line
+    monkeypatch.setattr(export_module, "check_push", lambda *args, **options: None)  # pushed since then
+    arguments = ["--output", str(tmp_path / "out"), "--push", "someone/model"]
+    assert main(["export", str(tmp_path / "a.ckpt"), *arguments]) == 1
+    assert "not pushed to someone/model: it holds an export" in capsys.readouterr().err
+    assert hub.files == before
 
 
 def test_a_later_push_takes_the_place_of_the_earlier_one(tmp_path: Path, hub: Hub) -> None:
