@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from stablerep.cli import main
-from stablerep.evaluation import dry_run, run
+from stablerep.evaluation import dry_run, plan, run
 from stablerep.evaluation.cache import fingerprint, store
 from stablerep.evaluation.cache.files import DIGESTS_FOLDER
 from stablerep.evaluation.config import EvaluateConfig, KnnConfig, LogregConfig, RobustnessConfig
@@ -19,6 +19,7 @@ from stablerep.evaluation.fewshot import FewShotConfig
 from stablerep.evaluation.linear import LinearConfig
 from stablerep.evaluation.plan import make_plan
 from stablerep.evaluation.results import read_results
+from stablerep.loading import load_model
 from tests.stablerep.evaluation.evaluating import QUICK, evaluate, read_run
 from tests.stablerep.models import save_checkpoint
 
@@ -304,6 +305,21 @@ def test_bad_input_gives_one_line(
     shutil.rmtree(data / "test")
     fails_with(capsys, good, r"has no test/ folder")
     assert not (tmp_path / "out" / "results.jsonl").exists()
+
+
+def test_what_a_model_has_to_say_of_itself_is_noted(
+    checkpoint: Path, write_folders: WriteFolders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(checkpoint)
+    model.remarks = ("resized otherwise",)
+    monkeypatch.setattr(plan, "load_model", lambda *_, **__: model)
+    config = EvaluateConfig(
+        checkpoint=str(checkpoint),
+        data=str(write_folders(train=1, test=1)),
+        output=str(tmp_path / "out"),
+        protocols=["geometry"],
+    )
+    assert "resized otherwise" in make_plan(config).notes
 
 
 @pytest.mark.e2e
