@@ -31,7 +31,7 @@ class LogregConfig:
     metric: Literal["accuracy", "mean_per_class_accuracy"] = "accuracy"
     """What the penalty is chosen by; both are reported. Sets with several labels an image have mAP alone."""
     heldout_fraction: float = 0.2
-    """Share of the training images on which the penalty is chosen if there is no validation split."""
+    """About the share of each class on which the penalty is chosen without a validation split."""
 
     def __post_init__(self) -> None:
         if not 0 < self.heldout_fraction < 1:

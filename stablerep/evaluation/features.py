@@ -68,9 +68,13 @@ class Features:
 
     @property
     def caption_labels(self) -> Tensor:
-        """Numbers of the captions, in the order of their first images: int64 [N]."""
-        numbers: dict[str, int] = {}
-        return torch.tensor([numbers.setdefault(key, len(numbers)) for key in self.caption_ids])
+        """Numbers of the captions, in the order of their first images: int64 [N].
+
+        An image without a caption has a number of its own.
+        """
+        numbers: dict[str | int, int] = {}
+        keys = [caption_id or index for index, caption_id in enumerate(self.caption_ids)]
+        return torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys])
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ class LinearConfig:
     """null: new augmented views in every epoch, the published protocol. A number: that many augmented views
     of each image are computed once and used in turn: faster, and not comparable with published figures."""
     heldout_fraction: float = 0.1
-    """Share of each training class on which head and epoch are chosen if there is no validation split."""
+    """About the share of each class on which head and epoch are chosen if there is no validation split."""
 
     def __post_init__(self) -> None:
         for name in ("num_epochs", "num_images_per_batch"):
@@ -199,8 +199,8 @@ def linear_probe(
         validation: The validation split, if there is one.
         heldout_features: Features [N, D] of the training images under the evaluation transform; needed if
             there is no validation split.
-        groups: Numbers [N] of the training images' captions: those of one are held out together. None holds
-            out image by image.
+        groups: Numbers [N] of the training images' captions, as `hold_out` takes them. None holds out
+            image by image.
         seed: Seed of initial weights, order and held-out part.
         device: Where the heads are trained.
 

@@ -151,9 +151,9 @@ def logistic_regression(
             λ is chosen on a held-out part of train, and the refit is on all of train.
         metric: The score by which λ is chosen.
         penalties: The grid of λ, each > 0.
-        groups: Numbers of the training images' captions: those of one are held out together. None holds
-            out image by image.
-        heldout_fraction: Share of each class that is held out if there is no validation split, in (0, 1).
+        groups: Numbers of the training images' captions, as `hold_out` takes them. None holds out image
+            by image.
+        heldout_fraction: `hold_out`'s share of each class if there is no validation split, in (0, 1).
         seed: Seed of what is held out.
         tolerance: Converged is a fit whose gradient has, for each class, at most this 2-norm; none of its
             entries is then larger, which is scikit-learn's criterion `tol`.
@@ -226,12 +226,12 @@ def multilabel_logistic_regression(
         test_features: The features to score.
         train_ignored: Entries of ``train_labels`` to ignore; none if not given.
         validation: Features and labels on which λ is chosen; the refit takes them in. If not given, λ is
-            chosen on a held-out part of train, the same share of the images of each rarest label, and the
+            chosen on a held-out part of train, about the same share of the images of each rarest label; the
             refit is on all of train.
         validation_ignored: Entries of the validation labels to ignore; none if not given.
         penalties: The grid of λ, each > 0.
         groups: As for `logistic_regression`.
-        heldout_fraction: Share that is held out if there is no validation split, in (0, 1).
+        heldout_fraction: As for `logistic_regression`.
         seed: Seed of what is held out.
         tolerance: Converged is a fit whose gradient has, for each class, at most this 2-norm.
         max_iterations: Iterations of L-BFGS after which a fit is given up, at least 1.

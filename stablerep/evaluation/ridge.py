@@ -6,8 +6,8 @@ With X the standardised features and Y the centred one-hot labels of n images,
 
 XᵀY are the sums of X over the images of each class, less n times the mean of Y: X is centred, so no Y is ever
 made. One eigendecomposition XᵀX / n = Q diag(e) Qᵀ serves every λ. scikit-learn's `Ridge` has the same W at
-alpha = n λ. λ is chosen on a validation split, or without one on a held-out fifth of the training images,
-never on the test images; then W is fitted to all labelled images.
+alpha = n λ. λ is chosen on a validation split, or without one on about a fifth of the training images,
+held out, never on the test images; then W is fitted to all labelled images.
 
 Memory, beside the features as they are given and a copy of them in their own type: a few arrays [D, D] and
 [D, C] of float64 and slices of 64 MiB; the scores [M, C] of the test features.
@@ -72,8 +72,8 @@ def ridge_classify(
         num_classes: Number of classes, at least 1.
         validation: Features and class indices on which λ is chosen; W is then fitted to these and the
             training features together. If not given, λ is chosen on a fifth of the training features.
-        groups: Numbers of the training images' captions: those of one are held out together. None holds out
-            image by image.
+        groups: Numbers of the training images' captions, as `hold_out` takes them. None holds out image
+            by image.
         seed: Seed of which images are held out, >= 0.
 
     Shapes:

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stablerep import distributed
 from stablerep.evaluation.cache.store import FeatureCache
 from stablerep.evaluation.config import EvaluateConfig
 from stablerep.evaluation.extraction import ExtractionSettings
-from stablerep.evaluation.features import Features
+from stablerep.evaluation.features import Features, ViewFeatures
 from stablerep.evaluation.sets import LabelledSet
 from stablerep.loading import LoadedModel
 
@@ -56,9 +57,9 @@ class Evaluation:
 
     @property
     def train_groups(self) -> Tensor | None:
-        """Numbers of the training images' captions; None where they have none."""
+        """Numbers of the training images' captions, as `caption_labels`; None where no image has one."""
         train = self.features["train"]
-        return train.caption_labels if all(train.caption_ids) else None
+        return train.caption_labels if any(train.caption_ids) else None
 
     def take(self, split: str, feature: str, device: torch.device | None = None) -> Tensor:
         """A feature of a split, float32, on the device unless another is given."""
@@ -70,6 +71,31 @@ class Evaluation:
             return None
         device = self.float64_device
         return self.take("validation", feature, device), self.features["validation"].labels.to(device)
+
+    def check_images(self, split: str, found: Features | ViewFeatures | None, description: str) -> None:
+        """Stops every rank where a later pass over a split is not of the images of `features`.
+
+        Args:
+            split: Which.
+            found: What the pass gave on rank 0; None elsewhere.
+            description: What it computed.
+
+        Raises:
+            ValueError: If an image could be read in one of the passes alone, or has changed; on every rank.
+        """
+        error = None if found is None else _compare_images(split, self.features[split], found, description)
+        distributed.raise_together(error)
+
+
+def _compare_images(
+    split: str, first: Features, later: Features | ViewFeatures, description: str
+) -> ValueError | None:
+    if later.names != first.names:
+        odd = sorted({*later.names}.symmetric_difference(first.names))
+        return ValueError(f"{odd[0]}: could be read for its features or for its {description}, not for both")
+    if later.digest != first.digest:
+        return ValueError(f"images of {split} have changed while they were being evaluated")
+    return None
 
 
 def has_float64(device: torch.device) -> bool:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from stablerep import distributed
 from stablerep.evaluation.config import EvaluateConfig
-from stablerep.evaluation.features import Features, ViewFeatures, extract_augmented_features
+from stablerep.evaluation.features import extract_augmented_features
 from stablerep.evaluation.linear import LabelledFeatures, linear_probe
 from stablerep.evaluation.protocols.evaluation import Evaluation
 from stablerep.evaluation.protocols.rows import accuracy_row, describe_split
@@ -79,26 +79,13 @@ def _build_train_views(evaluation: Evaluation) -> Callable[[int], Tensor]:
             num_views=num_views,
             description=description,
         )
-        error = None if views is None else _compare_images(evaluation.features["train"], views)
-        distributed.raise_together(error)
+        evaluation.check_images("train", views, "augmented views")
         return torch.empty(0) if views is None else views.values
 
     if config.num_views is None:
         return lambda epoch: extract(epoch, 1, f"views of epoch {epoch + 1}").float().squeeze(0)
     cached = extract(0, min(config.num_views, config.num_epochs), "augmented views")
     return lambda epoch: cached[epoch % len(cached)].float() if len(cached) else cached
-
-
-def _compare_images(train: Features, views: ViewFeatures) -> ValueError | None:
-    """What is wrong where rows of the views are not those of the labels."""
-    if views.names != train.names:
-        odd = sorted({*views.names}.symmetric_difference(train.names))
-        return ValueError(
-            f"{odd[0]}: could be read for its features or for its augmented views, not for both"
-        )
-    if views.digest != train.digest:
-        return ValueError("the training images have changed while they were being evaluated")
-    return None
 
 
 def count_augmented_images(config: EvaluateConfig, dataset: LabelledSet) -> int:

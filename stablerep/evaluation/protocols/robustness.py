@@ -77,7 +77,8 @@ def _corrupt(image: Tensor, name: str, *, corruption: str, severity: int, seed: 
 def _extract(evaluation: Evaluation) -> Iterator[tuple[str, int, Features, float]]:
     """Corruption, severity, features and their share of the seconds, on rank 0; nothing on the others.
 
-    A pass decodes each image once and corrupts it in as many ways as fit into memory.
+    A pass decodes each image once and corrupts it in as many ways as fit into memory; one of other
+    images than the test features stops every rank.
     """
     config, num_images = evaluation.config.robustness, len(evaluation.dataset.test)
     kinds = [(corruption, severity) for corruption in config.corruptions for severity in config.severities]
@@ -95,6 +96,7 @@ def _extract(evaluation: Evaluation) -> Iterator[tuple[str, int, Features, float
             [build_change(corruption, severity, evaluation.config.seed) for corruption, severity in own],
             feature_names=["cls"],
         )
+        evaluation.check_images("test", features[0] if features else None, "corrupted versions")
         seconds = (time.perf_counter() - start) / len(own)
         for (corruption, severity), part in zip(own, features or [], strict=False):
             yield corruption, severity, part, seconds

@@ -223,12 +223,12 @@ def _read_label(where: str, file: BinaryIO, member: tarfile.TarInfo) -> int:
 
 
 def _read_captions(where: str, file: BinaryIO, member: tarfile.TarInfo) -> tuple[str, ...]:
-    """One a line; blank lines are none."""
+    """One a line; blank lines are none, and only line feeds end a line: texts hold other separators."""
     if member.size > MAX_TEXT_BYTES:
         raise ValueError(f"{where}: its captions may have {MAX_TEXT_BYTES} bytes, got {member.size}")
     file.seek(member.offset_data)
     try:
-        lines = file.read(member.size).decode("utf-8").splitlines()
+        lines = file.read(member.size).decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: its captions must be UTF-8 ({error.reason})") from error
     return tuple(line.strip() for line in lines if line.strip())

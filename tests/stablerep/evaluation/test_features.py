@@ -369,6 +369,14 @@ def test_captions_are_numbered_by_their_first_image(
     assert extract(model, captioned, settings).caption_labels.tolist() == [0, 0, 1, 0, 2]
 
 
+def test_images_without_a_caption_share_no_number(
+    model: FakeModel, images: Images, settings: ExtractionSettings
+) -> None:
+    ids = ["", "b", "", "b", "a"]
+    captioned = [dataclasses.replace(i, caption_id=c) for i, c in zip(images, ids, strict=False)]
+    assert extract(model, captioned, settings).caption_labels.tolist() == [0, 1, 2, 1, 3]
+
+
 def test_text_embeddings_are_in_the_order_of_the_texts(
     model: FakeModel, settings: ExtractionSettings
 ) -> None:

@@ -40,11 +40,66 @@ def test_images_of_a_caption_stay_together_though_their_classes_differ(seed: int
     assert split_by == "caption"
 
 
-def test_the_share_is_one_of_captions_in_each_class() -> None:
+def test_without_captions_the_images_are_the_first_of_a_permutation_of_each_class() -> None:
+    labels = torch.randint(4, (90,), generator=torch.Generator().manual_seed(0))
+    held_out = hold_out(labels, None, fraction=0.3, seed=5).held_out
+    generator, expected = torch.Generator().manual_seed(5), []
+    for label in range(4):
+        rows = (labels == label).nonzero().flatten()
+        expected += rows[torch.randperm(len(rows), generator=generator)][: round(0.3 * len(rows))].tolist()
+    assert held_out.tolist() == sorted(expected)
+
+
+def test_captions_of_equal_size_fill_the_share_of_each_class() -> None:
     captions = torch.arange(70).repeat_interleave(3)
     labels = (captions >= 50).long()
     held_out = hold_out(labels, captions, fraction=0.2, seed=0).held_out
     assert labels[held_out].bincount().tolist() == [3 * 10, 3 * 4]
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.2, 0.5])
+@pytest.mark.parametrize("seed", range(5))
+def test_captions_of_unequal_size_never_exceed_the_share_of_images(seed: int, fraction: float) -> None:
+    """Two classes of twenty captions, of 60, 30, 20, …, 3 images: what is short is less than a caption."""
+    sizes = torch.tensor([60 // rank for rank in range(1, 21)] * 2)
+    captions = torch.arange(40).repeat_interleave(sizes)
+    labels = captions // 20
+    fitted, held_out, split_by = hold_out(labels, captions, fraction=fraction, seed=seed)
+    most = round(fraction * int(sizes[:20].sum()))
+    for label in range(2):
+        num_held_out = int((labels[held_out] == label).sum())
+        left = captions[fitted][labels[fitted] == label].bincount()
+        assert most - int(left[left > 0].min()) < num_held_out <= most
+    assert not set(captions[fitted].tolist()) & set(captions[held_out].tolist())
+    assert split_by == "caption"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_where_no_caption_fits_the_smallest_is_held_out(seed: int) -> None:
+    captions = torch.arange(3).repeat_interleave(torch.tensor([10, 8, 9]))
+    held_out = hold_out(torch.zeros(27, dtype=torch.int64), captions, fraction=0.1, seed=seed).held_out
+    assert captions[held_out].tolist() == [1] * 8
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_class_of_which_one_caption_is_more_than_half_is_split_by_image(seed: int) -> None:
+    captions = torch.tensor([0] * 491 + list(range(1, 10)))
+    labels = torch.zeros(500, dtype=torch.int64)
+    _, held_out, split_by = hold_out(labels, captions, fraction=0.1, seed=seed)
+    assert len(held_out) == 50
+    assert split_by == "caption or image"
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_no_class_is_held_out_whole_though_captions_span_classes(seed: int) -> None:
+    labels = torch.tensor([1, 2, 2, 1, 3, 3, 0, 0])
+    captions = torch.tensor([0, 5, 3, 0, 5, 0, 2, 0])
+    fitted, held_out, _ = hold_out(labels, captions, fraction=0.2, seed=seed)
+    assert set(labels[fitted].tolist()) == {0, 1, 2, 3}
+    assert len(held_out) > 0
+    # Captions that each show both classes: more are asked for than leave a pair of images.
+    fitted = hold_out(torch.arange(8) % 2, torch.arange(8) // 2, fraction=0.95, seed=seed).fitted
+    assert fitted.tolist() == [int(fitted[0]), int(fitted[0]) + 1]
 
 
 def test_captions_of_one_image_are_held_out_as_images_are() -> None:

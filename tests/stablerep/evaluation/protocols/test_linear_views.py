@@ -166,7 +166,7 @@ def test_images_that_have_changed_stop_the_probe(dataset: LabelledSet, settings:
     evaluation = build(dataset, settings)
     before = dataclasses.replace(evaluation.features["train"], digest="of other bytes")
     evaluation = dataclasses.replace(evaluation, features={**evaluation.features, "train": before})
-    with pytest.raises(ValueError, match="training images have changed while they were being evaluated"):
+    with pytest.raises(ValueError, match="images of train have changed while they were being evaluated"):
         run_linear(evaluation)
 
 

@@ -67,6 +67,20 @@ def test_rows_say_what_stayed_whole_when_images_were_held_out(
     assert [row.hyperparameters.get("held_out_by") for row in rows] == [expected] * 3
 
 
+def test_an_image_without_a_caption_leaves_the_captions_of_the_others_whole(
+    settings: ExtractionSettings,
+) -> None:
+    captioned = draw(LABELS, 0, 30)
+    train = dataclasses.replace(captioned, caption_ids=("", "", *captioned.caption_ids[2:]))
+    evaluation = build({"train": train, "test": draw(LABELS[:60], 1)}, settings)
+    groups = evaluation.train_groups
+    assert groups is not None
+    assert groups[:2].tolist() == [0, 1]
+    assert groups[2:].unique().tolist() == list(range(2, 32))
+    rows = [*run_logreg(evaluation), *run_ridge(evaluation)]
+    assert [row.hyperparameters["held_out_by"] for row in rows] == ["caption"] * 3
+
+
 @pytest.mark.parametrize("has_validation", [False, True])
 def test_ignored_entries_count_neither_in_fit_choice_nor_score(
     settings: ExtractionSettings, has_validation: bool

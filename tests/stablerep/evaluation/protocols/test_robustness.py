@@ -27,6 +27,7 @@ from stablerep.evaluation.results import Row
 from stablerep.evaluation.sets import LabelledImage, read_labelled_set
 from stablerep.loading.model import InputFormat, build_eval_transform
 from tests.stablerep.evaluation.fake_model import FakeModel
+from tests.stablerep.ranks import run_on_ranks
 
 CORRUPTIONS = ("fog", "frost", "contrast")
 SEVERITIES = (1, 5)
@@ -178,3 +179,72 @@ def test_the_seconds_of_a_row_are_its_own(evaluation: Evaluation) -> None:
         of_corruption = sum(row.seconds for name, row in parts.items() if corruption in name)
         assert rows[f"robustness_{corruption}"].seconds == pytest.approx(of_corruption)
     assert rows["robustness"].seconds == pytest.approx(sum(row.seconds for row in parts.values()))
+
+
+def fail_to_decode(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a disk of the network: an image that could be read can be no more."""
+    original = LabelledImage.decode
+
+    def decode(image: LabelledImage, data: bytes) -> Image.Image:
+        if image.name == name:
+            raise ValueError(f"{name}: not a readable image")
+        return original(image, data)
+
+    monkeypatch.setattr(LabelledImage, "decode", decode)
+
+
+def test_a_pass_without_an_image_of_the_test_features_stops_robustness(
+    evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tolerant = dataclasses.replace(evaluation.settings, error_budget_fraction=0.1)
+    name = evaluation.dataset.test[4].name
+    fail_to_decode(name, monkeypatch)
+    with pytest.raises(ValueError, match=f"{name}: could be read for its features or for its corrupted"):
+        run(dataclasses.replace(evaluation, settings=tolerant))
+
+
+def test_test_images_that_have_changed_stop_robustness(evaluation: Evaluation) -> None:
+    before = dataclasses.replace(evaluation.features["test"], digest="of other bytes")
+    changed = dataclasses.replace(evaluation, features={**evaluation.features, "test": before})
+    with pytest.raises(ValueError, match="images of test have changed while they were being evaluated"):
+        run(changed)
+
+
+def run_on_rank(rank: int, root: Path, settings: ExtractionSettings) -> str:
+    """What stops a rank."""
+    model = FakeModel()
+    model.input_format = InputFormat(32, (0.5,) * 3, (0.25,) * 3)
+    dataset = read_labelled_set(root)
+    found = {
+        split: extract_features(model, images, dataset, settings, description=split)
+        for split, images in dataset.splits.items()
+    }
+    evaluation = Evaluation(
+        config=EvaluateConfig(
+            checkpoint="x", data="x", robustness=RobustnessConfig(corruptions=("fog",), severities=(1, 2))
+        ),
+        model=model,  # type: ignore[arg-type]
+        dataset=dataset,
+        settings=settings,
+        cache=None,
+        fingerprint="",
+        features={split: features for split, features in found.items() if features is not None},
+        feature_names=["cls"],
+    )
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        fail_to_decode(dataset.test[4].name, monkeypatch)
+        try:
+            run_robustness(evaluation)
+        except ValueError as error:
+            return str(error)
+    return ""
+
+
+@pytest.mark.distributed
+def test_a_pass_over_other_images_stops_all_ranks_together(
+    write_folders: Callable[..., Path], settings: ExtractionSettings
+) -> None:
+    root = write_folders(train=3, test=4)
+    messages = run_on_ranks(run_on_rank, 2, root, dataclasses.replace(settings, error_budget_fraction=0.1))
+    assert messages == [messages[0]] * 2
+    assert "could be read for its features" in messages[0]

@@ -185,6 +185,12 @@ def test_captions_stand_beside_the_images_of_shards(
         dataset.check_has_classes("knn")
 
 
+def test_only_line_feeds_part_captions(tmp_path: Path, write_tar: WriteTar) -> None:
+    texts = ["a hat\u2028of felt", "a\u0085hat", "a\vhat", "a\fhat\r"]
+    write_tar(tmp_path / "test" / "0.tar", {"a.png": b"x", "a.txt": "\n".join(texts).encode()})
+    assert read_labelled_set(tmp_path).test[0].captions == (*texts[:3], "a\fhat")
+
+
 def test_samples_of_shards_may_have_labels_and_captions(
     shards: Path, write_tar: WriteTar, encode_image: EncodeImage
 ) -> None:
