@@ -109,8 +109,8 @@ class EvaluateConfig(SetOptions):
     output: str | None = None
     """Folder for the results and the report; null makes one in evaluation/ beside the checkpoint, or here."""
     overwrite: bool = False
-    """Write over scores of other settings in the output folder, and over results that cannot be read or are of
-    other weights, data or transform."""
+    """Write over scores of other settings in the output folder, and over results that cannot be read or are
+    of other weights, data or transform."""
     random_init: bool = False
     """Evaluate the model's architecture with fresh, seeded weights: the baseline of no training."""
     ema: bool = False
