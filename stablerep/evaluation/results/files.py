@@ -193,7 +193,9 @@ def _check_lines(
         if changed := [name for name in {**old, **new} if old.get(name) != new.get(name)]:
             protocol, metric, feature = line.row.key
             told = ", ".join(f"{name} was {old.get(name)}, now {new.get(name)}" for name in changed)
-            raise ValueError(f"{path} holds {protocol} {metric} of {feature} with {told}: {_WAY_OUT}")
+            raise ValueError(
+                f"{path} holds {protocol} {metric} of {feature} of other settings ({told}): {_WAY_OUT}"
+            )
 
 
 def _read_earlier(

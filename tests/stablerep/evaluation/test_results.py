@@ -177,7 +177,9 @@ def test_a_score_of_other_settings_is_refused(tmp_path: Path) -> None:
     exact = row(settings={"linear.num_views": None, "seed": 0})
     quick = row(settings={"linear.num_views": 4, "seed": 0}, num_wrong=8)
     write_results(tmp_path, [exact, row("ridge")], provenance(), NAMES)
-    told = r"knn20 accuracy of cls with linear.num_views was None, now 4: name another folder, or give"
+    told = (
+        r"knn20 accuracy of cls of other settings \(linear.num_views was None, now 4\): name another folder"
+    )
     with pytest.raises(ValueError, match=told):
         write_results(tmp_path, [quick], provenance(), NAMES)
     with pytest.raises(ValueError, match=told):
