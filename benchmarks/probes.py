@@ -20,6 +20,7 @@ Writes benchmarks/results/{name}.{json,md}.
 
 import json
 import multiprocessing
+import os
 import statistics
 import time
 import warnings
@@ -50,6 +51,7 @@ from stablerep.machine import describe_processor
 
 RESULTS = Path(__file__).parent / "results"
 SPLITS = ("train", "validation", "test")
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 KNN_SIZE = {"num_train": 50_000, "num_test": 10_000, "width": 384}
 Features = dict[str, Tensor]
 
@@ -128,6 +130,7 @@ def measure(
     features: str | None = None,
     tolerances: tuple[float, ...] = (1e-5,),
     num_repeats: int = 3,
+    num_threads: int = 1,
     name: str = "probes",
 ) -> None:
     """Measure and print; see the module.
@@ -139,9 +142,11 @@ def measure(
         tolerances: Largest entry of the gradient. At scikit-learn's default of 1e-4 its fits at small λ are
             still so far from the minimum that some validation images change class.
         num_repeats: Turns of each side.
+        num_threads: Of each side; threads that wait for each other burn processor time.
         name: Name of the result files.
     """
     values, source = read_features(data, checkpoint, features)
+    os.environ.update(dict.fromkeys(_THREADS, str(num_threads)))  # which the processes of the sides inherit
     rows = []
     for tolerance in tolerances:
         turns: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
@@ -152,7 +157,7 @@ def measure(
         rows.append({"tolerance": tolerance, "turns": turns})
     result = {
         "processor": describe_processor(),
-        "num_threads": torch.get_num_threads(),
+        "num_threads": num_threads,
         "torch": torch.__version__,
         "scikit-learn": sklearn.__version__,
         "features": source,
